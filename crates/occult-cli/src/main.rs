@@ -1,0 +1,2 @@
+//! The `occult` command.
+fn main() {}
