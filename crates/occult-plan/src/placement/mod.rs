@@ -2,6 +2,8 @@
 //!
 //! Every method decides one layer; layers are independent. [`Placement`] is the table for all layers of a model.
 
+pub mod search;
+
 use crate::{ExpertId, PlanError, Rank, Result, Topology};
 
 /// Experts of every rank, for one layer. An expert lives on at least one rank; on more than one where it is replicated.
