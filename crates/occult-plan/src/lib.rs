@@ -16,14 +16,18 @@
 //! - *Load*: (token, expert) pairs a rank computes. `max/mean` is 1 when the work is even.
 #![forbid(unsafe_code)]
 
+pub mod brim;
 pub mod coactivation;
+pub mod dispatch_plan;
 pub mod error;
 pub mod placement;
 pub mod replicas;
 pub mod routing;
 pub mod topology;
 
+pub use brim::{Brim, DenseBrim, ExpertRows};
 pub use coactivation::{CoActivation, tokens_per_expert};
+pub use dispatch_plan::{DispatchPlan, RowExperts};
 pub use error::PlanError;
 pub use placement::{LayerPlacement, Placement};
 pub use replicas::ReplicaChooser;

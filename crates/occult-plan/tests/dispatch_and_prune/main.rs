@@ -1,0 +1,6 @@
+//! Dispatch plans, BRIM and collaboration pruning against slow, obvious definitions.
+
+mod brim;
+mod dispatch;
+mod layer;
+mod support;
