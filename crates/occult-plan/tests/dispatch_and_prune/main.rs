@@ -3,4 +3,7 @@
 mod brim;
 mod dispatch;
 mod layer;
+mod prune;
+mod prune_reference;
+mod similarity;
 mod support;
