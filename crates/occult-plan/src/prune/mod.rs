@@ -3,8 +3,8 @@
 //! 1. A token that visits no more than its budget is left as it is, bit for bit.
 //! 2. Otherwise *allowed ranks* are searched for it ([`Rule`], [`Budget`]).
 //! 3. An expert is *reachable* when it lives on an allowed rank; one that has replicas, when any of them does. Where the
-//!    allowed ranks hold fewer than `K` experts, the rank of the best expert that is not reachable is allowed too (first
-//!    the token's own experts by descending score, then all others; the lowest rank that holds it), until `K` are.
+//!    allowed ranks hold fewer than `K` experts, the token's own experts ask for theirs in descending score (the lowest
+//!    rank that holds it) until `K` are reachable. So a token always keeps `K` experts, if need be on more ranks.
 //! 4. `K` reachable experts are chosen by the rule, and get the model's own weights ([`RouterRule`]).
 //!
 //! Scores are the router's logits for all experts, `[T, E]`. Ties of scores go to the lower expert id.

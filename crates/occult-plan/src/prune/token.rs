@@ -130,18 +130,15 @@ impl<'a> Pruner<'a> {
         loop {
             let all = 0..self.p.len() as ExpertId;
             self.reachable.clear();
-            self.reachable.extend(all.clone().filter(|&e| self.allowed.reaches(e)));
-            if self.reachable.len() >= top_k {
-                return self.allowed.len() > self.budget.max_ranks();
+            self.reachable.extend(all.filter(|&e| self.allowed.reaches(e)));
+            let next = self.router_ids.iter().copied().find(|&e| !self.allowed.reaches(e));
+            match next {
+                Some(next) if self.reachable.len() < top_k => {
+                    self.allowed.insert(self.placement.first_rank_of(next));
+                }
+                // When all of the token's own experts are reachable, there are K.
+                _ => return self.allowed.len() > self.budget.max_ranks(),
             }
-            let own = self.router_ids.iter().copied().find(|&e| !self.allowed.reaches(e));
-            let next = own.or_else(|| {
-                let others = all.filter(|&e| !self.allowed.reaches(e));
-                others.min_by(|&a, &b| rules::by_score(&self.scores, a, b))
-            });
-            // There are at least K experts, so one that is not reachable is left.
-            let Some(next) = next else { return true };
-            self.allowed.insert(self.placement.first_rank_of(next));
         }
     }
 

@@ -3,7 +3,7 @@
 use occult_plan::{DispatchPlan, LayerPlacement, PlanError, Rank, Routing, Topology};
 use proptest::prelude::*;
 
-use crate::support::case;
+use crate::support::{case, expert_ids};
 
 /// Every (rank, token, local expert, entry) that has to travel, in travelling order: sorted, nothing clever.
 fn expected_pairs(routing: &Routing<'_>, ranks: &[Rank], placement: &LayerPlacement) -> Vec<[u32; 4]> {
@@ -58,16 +58,18 @@ proptest! {
         prop_assert_eq!(plan, fresh);
     }
 
-    /// Many experts take the other way of ordering a token's entries.
+    /// More experts than one word has bits; and so many that a token's entries are ordered another way.
     #[test]
     fn many_experts_are_ordered_too(
-        ids in prop::collection::vec(prop::sample::subsequence((0..3000u16).collect::<Vec<_>>(), 6), 0..20),
-        seed in 1u16..3000,
+        (num_experts, ids) in prop::sample::select(vec![65, 200, 1024, 1025, 3000]).prop_flat_map(|e| {
+            (Just(e), prop::collection::vec(expert_ids(e, 6), 0..20))
+        }),
+        seed in 1usize..3000,
     ) {
-        let ranks: Vec<Rank> = (0..3000u32).map(|e| (e * u32::from(seed) % 7) as Rank).collect();
+        let ranks: Vec<Rank> = (0..num_experts).map(|e| (e * seed % 7) as Rank).collect();
         let placement = LayerPlacement::from_expert_ranks(7, &ranks).unwrap();
         let ids = ids.concat();
-        let routing = Routing::new(3000, 6, &ids).unwrap();
+        let routing = Routing::new(num_experts, 6, &ids).unwrap();
         let plan = DispatchPlan::build(&routing, &placement, Topology::flat(7).unwrap()).unwrap();
         let entry_ranks: Vec<Rank> = ids.iter().map(|&id| ranks[usize::from(id)]).collect();
         prop_assert_eq!(actual_pairs(&plan), expected_pairs(&routing, &entry_ranks, &placement));

@@ -264,6 +264,38 @@ fn an_adaptive_budget_gives_easy_tokens_one_rank() {
     }
 }
 
+#[test]
+fn a_share_that_is_just_met_is_enough() {
+    let mut case = example();
+    case.routing.expert_ids = vec![0, 2];
+    case.routing.top_k = 2;
+    case.routing.scores = Some(vec![0.0; 6]);
+    let ids = |share| {
+        let budget = Budget::Adaptive { max_ranks: 2, share };
+        run(&case, Rule::BestMass, budget, &RouterRule::softmax(false)).routing.expert_ids
+    };
+    assert_eq!(ids(0.5), [0, 1]);
+    assert_eq!(ids(0.51), [0, 2]);
+}
+
+/// Rank 0 has the two best experts, so a greedy search would start there; ranks 1 and 2 together have four.
+#[test]
+fn best_mass_of_few_replicas_is_exact() {
+    let ranks = [&[1, 2][..], &[0, 1], &[2, 3], &[4]];
+    let placement = LayerPlacement::from_rank_experts(5, &ranks).unwrap();
+    let routing = RoutingBuf {
+        num_experts: 5,
+        top_k: 4,
+        expert_ids: vec![0, 1, 2, 4],
+        scores: Some(vec![1.0, 1.1, 1.1, 0.8, 0.9]),
+        ..RoutingBuf::default()
+    };
+    let case = Case { routing, placement };
+    let two = Budget::Fixed { max_ranks: 2 };
+    let pruned = run(&case, Rule::BestMass, two, &RouterRule::softmax(false));
+    assert_eq!(pruned.routing.expert_ids, [1, 2, 0, 3]);
+}
+
 /// Too many sets of ranks to try: the greedy search must still keep `1 - 1/e` of the mass of any set; here of the best.
 #[test]
 fn best_mass_of_many_replicas_keeps_its_bound() {

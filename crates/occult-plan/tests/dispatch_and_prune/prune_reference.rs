@@ -116,7 +116,7 @@ impl Token<'_> {
         let all = || 0..self.logits.len() as u16;
         while all().filter(|&e| self.reachable(&ranks, e)).count() < self.ids.len() {
             let own = self.by_score(self.ids.iter().copied());
-            let next = own.into_iter().chain(self.by_score(all())).find(|&e| !self.reachable(&ranks, e));
+            let next = own.into_iter().find(|&e| !self.reachable(&ranks, e));
             ranks.insert(self.placement.ranks_of(next.unwrap())[0]);
         }
         ranks
