@@ -281,19 +281,19 @@ fn a_share_that_is_just_met_is_enough() {
 /// Rank 0 has the two best experts, so a greedy search would start there; ranks 1 and 2 together have four.
 #[test]
 fn best_mass_of_few_replicas_is_exact() {
-    let ranks = [&[1, 2][..], &[0, 1], &[2, 3], &[4]];
-    let placement = LayerPlacement::from_rank_experts(5, &ranks).unwrap();
+    let ranks = [&[1, 2][..], &[0, 1, 5], &[2, 3], &[4]];
+    let placement = LayerPlacement::from_rank_experts(6, &ranks).unwrap();
     let routing = RoutingBuf {
-        num_experts: 5,
-        top_k: 4,
-        expert_ids: vec![0, 1, 2, 4],
-        scores: Some(vec![1.0, 1.1, 1.1, 0.8, 0.9]),
+        num_experts: 6,
+        top_k: 5,
+        expert_ids: vec![0, 1, 2, 3, 4],
+        scores: Some(vec![1.0, 1.1, 1.1, 0.8, 0.9, 0.5]),
         ..RoutingBuf::default()
     };
     let case = Case { routing, placement };
     let two = Budget::Fixed { max_ranks: 2 };
     let pruned = run(&case, Rule::BestMass, two, &RouterRule::softmax(false));
-    assert_eq!(pruned.routing.expert_ids, [1, 2, 0, 3]);
+    assert_eq!(pruned.routing.expert_ids, [1, 2, 0, 3, 5]);
 }
 
 /// Too many sets of ranks to try: the greedy search must still keep `1 - 1/e` of the mass of any set; here of the best.
