@@ -119,8 +119,9 @@ fn replicas_save_copies_and_let_a_hot_expert_fit() {
     let relaxed = search(&routing, 4, &SearchOptions { relax_cap: true, ..hard.clone() });
     assert!(relaxed.load_max_over_mean >= 2.0);
     let replicated = search(&routing, 4, &SearchOptions { replicas: 3, ..hard });
-    assert_eq!(replicated.placement.ranks_of(0).len(), 4);
-    assert!(replicated.copies_per_token < 1.01 && replicated.load_max_over_mean <= 1.25, "{replicated:?}");
+    assert!(replicated.placement.ranks_of(0).len() > 1, "{replicated:?}");
+    let (copies, load) = (replicated.copies_per_token, replicated.load_max_over_mean);
+    assert!(copies < 0.75 * relaxed.copies_per_token && load <= 1.25, "{replicated:?}");
 }
 
 #[test]
