@@ -22,6 +22,7 @@ pub mod placement;
 pub mod replicas;
 pub mod routing;
 pub mod topology;
+pub mod traffic;
 
 pub use coactivation::{CoActivation, tokens_per_expert};
 pub use error::PlanError;
@@ -29,6 +30,7 @@ pub use placement::{LayerPlacement, Placement};
 pub use replicas::ReplicaChooser;
 pub use routing::{Routing, RoutingBuf};
 pub use topology::Topology;
+pub use traffic::{HomeRanks, LayerTraffic, TrafficMeter, TrafficSummary};
 
 /// Global (logical) id of a routed expert, `0..E`.
 pub type ExpertId = u16;
