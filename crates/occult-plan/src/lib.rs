@@ -17,7 +17,9 @@
 #![forbid(unsafe_code)]
 
 pub mod coactivation;
+pub mod cost;
 pub mod error;
+pub mod graph;
 pub mod placement;
 pub mod replicas;
 pub mod routing;

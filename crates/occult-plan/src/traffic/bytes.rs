@@ -28,8 +28,8 @@ pub struct TrafficBytes {
 
 impl LayerTraffic {
     /// Bytes for rows of `hidden` elements of `dtype_bytes` bytes each.
-    pub fn bytes(&self, hidden: usize, dtype_bytes: usize) -> TrafficBytes {
-        let row_bytes = hidden as f64 * dtype_bytes as f64;
+    pub fn bytes(&self, hidden: usize, dtype_bytes: f64) -> TrafficBytes {
+        let row_bytes = hidden as f64 * dtype_bytes;
         let rows = self.rank_rows().remote_total(|r| r);
         let pairs = self.rank_pairs().remote_total(|r| r);
         let per_node = self.topology().ranks_per_node();

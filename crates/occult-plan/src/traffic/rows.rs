@@ -24,7 +24,7 @@ impl PairRows {
     }
 
     /// The same rows with sources joined: source `s` becomes `of(s)`. Joined sources must be equally many in each group.
-    pub(super) fn fold_sources(&self, of: impl Fn(usize) -> usize, num_sources: usize) -> Self {
+    pub(crate) fn fold_sources(&self, of: impl Fn(usize) -> usize, num_sources: usize) -> Self {
         let mut folded = Self::zero(num_sources, self.num_destinations, self.alike);
         if self.alike {
             folded.counts.clone_from(&self.counts);

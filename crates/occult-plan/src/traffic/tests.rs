@@ -262,7 +262,7 @@ fn golden_example() {
     assert_eq!(s.load_max_over_mean, 7.0 / 4.0);
     assert_eq!(s.intra_fraction, Some(7.0 / 24.0));
     assert_eq!(s.experts_touched, 7.0);
-    let bytes = traffic.bytes(10, 2);
+    let bytes = traffic.bytes(10, 2.0);
     assert_eq!((bytes.dispatch_row_bytes, bytes.combine_row_bytes), (160.0, 160.0));
     assert_eq!((bytes.dispatch_id_bytes, bytes.dispatch_weight_bytes), (28.0, 56.0));
     assert_eq!((bytes.conventional_dispatch_row_bytes, bytes.node_dispatch_row_bytes), (280.0, 80.0));
