@@ -2,6 +2,7 @@
 //!
 //! - [`Profile`] and [`ProfileWriter`]: the routing profile, one safetensors file, written and read as a stream.
 //! - [`import()`]: routing records and expert statistics of other engines, into a profile.
+//! - [`cluster`]: links and compute for the cost model, with presets.
 //!
 //! Files are not trusted. A size or offset read from a file is checked against the file before anything of that size
 //! is allocated, every error is a [`FormatError`] that names the file, and an output appears under its name only when it
@@ -9,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod array;
+pub mod cluster;
 pub mod error;
 pub mod import;
 mod io;

@@ -140,9 +140,9 @@ mod tests {
             let mut part = vec![start];
             let mut next = 0;
             while next < part.len() {
-                for j in 0..n {
-                    if !seen[j] && kept(part[next], j) {
-                        seen[j] = true;
+                for (j, seen) in seen.iter_mut().enumerate() {
+                    if !*seen && kept(part[next], j) {
+                        *seen = true;
                         part.push(j);
                     }
                 }
