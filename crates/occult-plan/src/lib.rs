@@ -18,14 +18,17 @@
 
 pub mod brim;
 pub mod coactivation;
+pub mod cost;
 pub mod dispatch_plan;
 pub mod error;
+pub mod graph;
 pub mod placement;
 pub mod prune;
 pub mod replicas;
 pub mod routing;
 pub mod similarity;
 pub mod topology;
+pub mod traffic;
 
 pub use brim::{Brim, DenseBrim, ExpertRows};
 pub use coactivation::{CoActivation, tokens_per_expert};
@@ -37,6 +40,7 @@ pub use replicas::ReplicaChooser;
 pub use routing::{Routing, RoutingBuf};
 pub use similarity::{SimilarityAccumulator, SimilarityTable};
 pub use topology::Topology;
+pub use traffic::{HomeRanks, LayerTraffic, TrafficMeter, TrafficSummary};
 
 /// Global (logical) id of a routed expert, `0..E`.
 pub type ExpertId = u16;
