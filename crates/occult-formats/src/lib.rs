@@ -1,4 +1,31 @@
-//! Files of Occult and of other engines: routing profiles, placements, importers and exporters.
+//! Every file that Occult reads or writes: routing profiles, placements, and the formats of other engines.
+//!
+//! - [`Profile`] and [`ProfileWriter`]: the routing profile, one safetensors file, written and read as a stream.
+//! - [`import()`]: routing records and expert statistics of other engines, into a profile.
+//!
+//! Files are not trusted. A size or offset read from a file is checked against the file before anything of that size
+//! is allocated, every error is a [`FormatError`] that names the file, and an output appears under its name only when it
+//! is complete.
 #![forbid(unsafe_code)]
 
+mod array;
+pub mod error;
+pub mod import;
+mod io;
 pub mod pickle;
+pub mod profile;
+mod tensors;
+
+pub use error::{FormatError, Result};
+pub use import::{ImportFormat, ImportOptions, ImportSummary, detect, import};
+pub use profile::{
+    Chunk, Columns, LayerRows, Profile, ProfileMeta, ProfileWriter, RouterInfo, Scoring, Source,
+};
+
+/// Most experts a layer may have. Released models have at most 512; the limit bounds the co-activation table, which is
+/// quadratic in a number that a file may lie about.
+pub const MAX_EXPERTS: usize = 4096;
+/// Most MoE layers a profile may have.
+pub const MAX_LAYERS: usize = 1024;
+/// Largest total of one layer's counts: exact in JSON and in an `f64`.
+pub const MAX_COUNT: u64 = 1 << 53;

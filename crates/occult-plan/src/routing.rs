@@ -105,6 +105,11 @@ impl<'a> Routing<'a> {
         self.scores
     }
 
+    /// Tokens per row, `[T]`, where rows stand for several.
+    pub fn occurrences_slice(&self) -> Option<&'a [u32]> {
+        self.occurrences
+    }
+
     /// The ids of each row.
     pub fn rows(&self) -> std::slice::ChunksExact<'a, ExpertId> {
         self.expert_ids.chunks_exact(self.top_k)
