@@ -123,7 +123,8 @@ impl<'a> Machine<'a> {
                 self.object(Object::Text(text))?;
             }
             UNICODE => {
-                let line = self.line()?;
+                // Latin-1, with escapes for everything beyond it.
+                let line: String = self.line_bytes()?.iter().copied().map(char::from).collect();
                 let text = raw_unicode(&line).ok_or("an escape in a string cannot be read")?;
                 self.object(Object::Text(text))?;
             }
@@ -285,11 +286,16 @@ impl<'a> Machine<'a> {
 
     /// The text up to the next line feed, which is consumed.
     fn line(&mut self) -> Result<String, String> {
+        let line = self.line_bytes()?;
+        String::from_utf8(line.to_vec()).map_err(|_| "a line is not UTF-8".into())
+    }
+
+    fn line_bytes(&mut self) -> Result<&'a [u8], String> {
         let rest = self.input.get(self.at..).unwrap_or_default();
         let n = rest.iter().position(|&b| b == b'\n').ok_or("a line does not end")?;
         let line = self.take(n as u64)?;
         self.at += 1;
-        String::from_utf8(line.to_vec()).map_err(|_| "a line is not UTF-8".into())
+        Ok(line)
     }
 
     fn long(&mut self, n: u64) -> Result<(), String> {

@@ -1,5 +1,6 @@
 //! `torch.save` archives: a zip file with `<name>/data.pkl` and one file `<name>/data/<key>` per storage.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::Path;
@@ -118,8 +119,8 @@ impl<R: Read + Seek> TorchFile<R> {
             reader.seek(std::io::SeekFrom::End(0)).map_err(|e| format!("cannot be read: {e}"))?;
         reader.rewind().map_err(|e| format!("cannot be read: {e}"))?;
         let mut archive = ZipArchive::new(reader).map_err(|e| format!("is not a zip archive: {e}"))?;
-        let mut names = archive.file_names().filter_map(|n| n.ok());
-        let name = names.find(|n| *n == "data.pkl" || n.ends_with("/data.pkl")).map(|n| n.into_owned());
+        let is_pickle = |n: &str| n == "data.pkl" || n.ends_with("/data.pkl");
+        let name = archive.file_names().filter_map(Result::ok).find(|n| is_pickle(n)).map(Cow::into_owned);
         let name = name.ok_or("has no data.pkl inside: it was not written by torch.save")?;
         let folder = name.strip_suffix("data.pkl").unwrap_or_default().to_owned();
         let stream = read_entry(&mut archive, &name, file_bytes, MAX_STREAM_BYTES)?;
