@@ -99,7 +99,7 @@ fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
 #[test]
 fn torch_tensors_with_strides_offsets_and_every_type() {
     let mut file = TorchFile::open(&fixture("tensors.pt")).unwrap();
-    let pickle = file.pickle().clone();
+    let pickle = file.pickle();
     let wanted = expected("tensors");
     for (key, values) in wanted.as_object().unwrap() {
         let tensor = pickle.root().get(key).unwrap().tensor().unwrap();

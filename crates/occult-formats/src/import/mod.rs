@@ -4,8 +4,11 @@
 //! [`Sink::begin`] once it knows the layout, and then appends rows chunk by chunk (or sets counts). Several inputs of
 //! one kind are concatenated, rows after rows.
 
+mod c2r_pickle;
 mod detect;
 mod format;
+mod sglang;
+mod sglang_http;
 mod sink;
 mod warnings;
 
@@ -110,9 +113,9 @@ fn read(
 ) -> Result<()> {
     let _ = (options, &mut *sink);
     match format {
-        ImportFormat::SglangRecorder => Err(not_yet(format, inputs)),
-        ImportFormat::SglangHttp => Err(not_yet(format, inputs)),
-        ImportFormat::C2rPickle => Err(not_yet(format, inputs)),
+        ImportFormat::SglangRecorder => sglang::read(inputs, options, sink),
+        ImportFormat::SglangHttp => sglang_http::read(inputs, options, sink),
+        ImportFormat::C2rPickle => c2r_pickle::read(inputs, options, sink),
         _ => Err(not_yet(format, inputs)),
     }
 }

@@ -213,7 +213,8 @@ impl Machine<'_> {
 }
 
 fn latin1(text: &str) -> Result<Vec<u8>, String> {
-    let byte = |c: char| u8::try_from(c).map_err(|_| "bytes written as text hold a wide character".to_string());
+    let byte =
+        |c: char| u8::try_from(c).map_err(|_| "bytes written as text hold a wide character".to_string());
     text.chars().map(byte).collect()
 }
 

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::Path;
+use std::sync::Arc;
 
 use zip::{CompressionMethod, ZipArchive};
 
@@ -11,6 +12,9 @@ use super::{Element, MAX_STREAM_BYTES, Pickle};
 
 /// Elements of a tensor that shows its storage repeatedly (an expanded tensor), at most.
 const MAX_REPEATED: u64 = 4 << 20;
+
+/// What follows the protocol in files of torch before 1.6: a pickled number of ten bytes.
+const OLD_MAGIC: &[u8] = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
 
 /// A tensor of a `.pt` file: a view of a storage that [`TorchFile`] reads when asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,7 +99,7 @@ pub struct TorchFile<R> {
     folder: String,
     big_endian: bool,
     file_bytes: u64,
-    pickle: Pickle,
+    pickle: Arc<Pickle>,
 }
 
 impl<R> std::fmt::Debug for TorchFile<R> {
@@ -118,6 +122,16 @@ impl<R: Read + Seek> TorchFile<R> {
         let file_bytes =
             reader.seek(std::io::SeekFrom::End(0)).map_err(|e| format!("cannot be read: {e}"))?;
         reader.rewind().map_err(|e| format!("cannot be read: {e}"))?;
+        let mut start = Vec::new();
+        reader.by_ref().take(16).read_to_end(&mut start).map_err(|e| format!("cannot be read: {e}"))?;
+        if start.get(2..).is_some_and(|s| s.starts_with(OLD_MAGIC)) {
+            return Err(
+                "was written by torch.save in its old format (not a zip archive); load and save it again \
+                        with a current torch"
+                    .into(),
+            );
+        }
+        reader.rewind().map_err(|e| format!("cannot be read: {e}"))?;
         let mut archive = ZipArchive::new(reader).map_err(|e| format!("is not a zip archive: {e}"))?;
         let is_pickle = |n: &str| n == "data.pkl" || n.ends_with("/data.pkl");
         let name = archive.file_names().filter_map(Result::ok).find(|n| is_pickle(n)).map(Cow::into_owned);
@@ -134,12 +148,12 @@ impl<R: Read + Seek> TorchFile<R> {
             },
             None => false,
         };
-        Ok(Self { archive, folder, big_endian, file_bytes, pickle })
+        Ok(Self { archive, folder, big_endian, file_bytes, pickle: Arc::new(pickle) })
     }
 
-    /// The saved object.
-    pub fn pickle(&self) -> &Pickle {
-        &self.pickle
+    /// The saved object; shared, so that its tensors can be read while it is walked.
+    pub fn pickle(&self) -> Arc<Pickle> {
+        Arc::clone(&self.pickle)
     }
 
     /// All elements of an integer tensor of this file, row-major.
