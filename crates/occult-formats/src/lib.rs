@@ -12,6 +12,7 @@ mod array;
 pub mod error;
 pub mod import;
 mod io;
+mod npy;
 pub mod pickle;
 pub mod profile;
 mod tensors;

@@ -199,7 +199,7 @@ impl<'p> Sink<'p> {
     }
 }
 
-fn writer<'a>(writer: &'a mut Option<ProfileWriter>) -> Result<&'a mut ProfileWriter> {
+fn writer(writer: &mut Option<ProfileWriter>) -> Result<&mut ProfileWriter> {
     writer.as_mut().ok_or_else(|| FormatError::Request("rows came before their layout".to_owned()))
 }
 
