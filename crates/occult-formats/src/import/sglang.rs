@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::{At, ImportOptions, Layout, RowBlock, Sink};
+use super::{At, ImportOptions, Layout, RowBlock, Sink, lines};
 use crate::error::{FormatError, Result};
 use crate::pickle::{Item, Pickle, Tensor, TorchFile};
 use crate::{MAX_EXPERTS, MAX_LAYERS};
@@ -20,7 +20,8 @@ type Torch = TorchFile<std::io::BufReader<std::fs::File>>;
 
 /// Reads dumps of one kind; the files of several ranks are concatenated (per_token) or summed.
 pub(crate) fn read(inputs: &[PathBuf], _options: &ImportOptions, sink: &mut Sink<'_>) -> Result<()> {
-    let inputs = &dumps(inputs)?;
+    let dump = |name: &str| name.starts_with("expert_distribution_recorder") && name.ends_with(".pt");
+    let inputs = &lines::expand(inputs, &dump, "expert_distribution_recorder_*.pt")?;
     let mut kind = None;
     for path in inputs {
         let (_, found) = open(path)?;
@@ -40,34 +41,6 @@ pub(crate) fn read(inputs: &[PathBuf], _options: &ImportOptions, sink: &mut Sink
         Some(kind) => read_counts(kind, inputs, sink),
         None => Err(FormatError::Request("there is nothing to import".to_owned())),
     }
-}
-
-/// Folders stand for the dumps in them, by name.
-fn dumps(inputs: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for input in inputs {
-        if !input.is_dir() {
-            files.push(input.clone());
-            continue;
-        }
-        let list = |e| FormatError::io("list", input, e);
-        let start = files.len();
-        for entry in std::fs::read_dir(input).map_err(list)? {
-            let entry = entry.map_err(list)?;
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with("expert_distribution_recorder") && name.ends_with(".pt") {
-                files.push(entry.path());
-            }
-        }
-        if let Some(new) = files.get_mut(start..) {
-            new.sort();
-        }
-        if files.len() == start {
-            return Err(FormatError::bad(input, "", "holds no expert_distribution_recorder_*.pt"));
-        }
-    }
-    Ok(files)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
