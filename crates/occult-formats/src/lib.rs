@@ -15,6 +15,7 @@ pub mod error;
 pub mod import;
 mod io;
 mod npy;
+pub mod pickle;
 pub mod profile;
 mod tensors;
 
