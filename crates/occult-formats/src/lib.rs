@@ -12,15 +12,19 @@
 mod array;
 pub mod cluster;
 pub mod error;
+pub mod export;
 pub mod import;
 mod io;
 mod npy;
 pub mod pickle;
+pub mod placement_file;
 pub mod profile;
 mod tensors;
 
 pub use error::{FormatError, Result};
+pub use export::{ExportFormat, ExportOptions, Exported, MapOptions, export, import_placement};
 pub use import::{ImportFormat, ImportOptions, ImportSummary, detect, import};
+pub use placement_file::{PlacementFile, PlacementMeta, write_atomic};
 pub use profile::{
     Chunk, Columns, LayerRows, Profile, ProfileMeta, ProfileWriter, RouterInfo, Scoring, Source,
 };
