@@ -28,7 +28,8 @@ pub fn render(data: &ReportData) -> String {
         "style" => STYLE.to_owned(),
         "data" => escape_json(&json.to_string()),
         "libraries" => LIBRARIES.map(|source| format!("<script>{source}</script>")).join("\n"),
-        "scripts" => SCRIPTS.map(|source| format!("<script>\n{source}</script>")).join("\n"),
+        // One scope for our scripts, and none of their names outside.
+        "scripts" => format!("<script>\n\"use strict\";\n(() => {{\n{}}})();\n</script>", SCRIPTS.concat()),
         "licenses" => escape_text(LICENSES),
         _ => String::new(),
     };
