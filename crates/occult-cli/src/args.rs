@@ -115,7 +115,7 @@ pub(crate) struct SearchArgs {
     /// Search this many seconds in all instead of a fixed amount of work (the result then depends on the machine)
     #[arg(long, value_name = "SECONDS")]
     pub(crate) time_limit: Option<f64>,
-    /// Annealing runs per layer [default: 8, fewer for large layers]
+    /// Annealing runs per layer [default: 24, down to 2 for large layers]
     #[arg(long, value_name = "N")]
     pub(crate) restarts: Option<usize>,
     /// Seed of everything random
@@ -149,9 +149,6 @@ pub(crate) struct ImportArgs {
     /// Experts per token, for sources that hold only counts
     #[arg(long, value_name = "K")]
     pub(crate) top_k: Option<usize>,
-    /// MoE layers, for sources that hold flat arrays
-    #[arg(long, value_name = "L")]
-    pub(crate) layers: Option<usize>,
     /// The model's numbers of the MoE layers, comma-separated
     #[arg(long, value_delimiter = ',', value_name = "IDS")]
     pub(crate) layer_ids: Option<Vec<u32>>,

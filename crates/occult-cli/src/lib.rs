@@ -4,6 +4,8 @@
 
 mod args;
 mod cmd;
+mod compare;
+mod domains;
 mod exit;
 mod measuring;
 mod output;

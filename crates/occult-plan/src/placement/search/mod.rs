@@ -46,7 +46,7 @@ pub struct SearchOptions {
     /// Consecutive equal blocks of experts that must stay whole (group-limited routers), when the checkpoint itself is to
     /// be permuted.
     pub num_groups: Option<usize>,
-    /// Annealing runs; `None`: 8, fewer for large layers.
+    /// Annealing runs; `None`: 24, down to 2 for large layers.
     pub restarts: Option<usize>,
     /// Seed of the search: same input and seed, same placement.
     pub seed: u64,
@@ -236,7 +236,7 @@ fn best_of_restarts(
     let (e, w) = (graph.num_experts(), problem.topology.num_ranks());
     let changes = (e * e / 2 + e * w) as u64;
     let proposals = (60 * changes).clamp(20_000, 500_000);
-    let restarts = options.restarts.unwrap_or((1_000_000 / proposals).clamp(1, 8) as usize).max(1);
+    let restarts = options.restarts.unwrap_or((60_000 / changes).clamp(2, 24) as usize).max(1);
     // The balanced start is a candidate too: it is feasible where annealing, in a tight corner, may not be.
     let balanced = spread(graph, problem.topology, problem.limits.max_experts, None);
     let mut best: Option<(i64, f64, Vec<Rank>)> = None;

@@ -1,0 +1,2 @@
+//! tmp
+pub(super) fn run(_: &crate::args::InspectArgs) -> anyhow::Result<()> { anyhow::bail!("tmp") }
