@@ -218,9 +218,13 @@ fn browse(file: &Path, window_width: u32, fragment: &str) -> String {
 
 /// The document of a report after it drew itself without an error.
 fn draw(data: &ReportData, fragment: &str) -> String {
+    draw_with(data, fragment, "</body>")
+}
+
+fn draw_with(data: &ReportData, fragment: &str, end_of_body: &str) -> String {
     let dir = tempfile::tempdir().expect("temporary directory");
     let file = dir.path().join("report.html");
-    std::fs::write(&file, render(data)).expect("page");
+    std::fs::write(&file, render(data).replace("</body>", end_of_body)).expect("page");
     let dom = browse(&file, 1400, fragment);
     if let Some((_, error)) = dom.split_once("class=\"js-error\">") {
         panic!("the page reports an error: {}", error.split_once("</p>").map_or(error, |(text, _)| text));
@@ -228,6 +232,28 @@ fn draw(data: &ReportData, fragment: &str) -> String {
     assert!(dom.contains("data-drawn="), "the scripts did not run to their end");
     dom
 }
+
+/// Uses every control of the page once, opens every table, and notes what can be seen then.
+const USE_EVERYTHING: &str = r##"<script>setTimeout(() => {
+    let used = 0;
+    for (const list of document.querySelectorAll(".choice select")) {
+        for (let i = list.options.length - 1; i >= 0; i -= 1, used += 1) {
+            list.selectedIndex = i;
+            list.dispatchEvent(new Event("change"));
+            if (list.closest("#load") && i === 1) document.documentElement.dataset.bars = document.querySelectorAll("#chart-load g[aria-label=bar] > *").length;
+        }
+    }
+    for (const button of document.querySelectorAll(".segments button, button.theme")) { button.click(); used += 1; }
+    for (const svg of document.querySelectorAll(".chart svg")) {
+        const box = svg.getBoundingClientRect();
+        const at = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, bubbles: true, pointerType: "mouse" };
+        for (const kind of ["pointerenter", "pointermove", "pointerleave"]) svg.dispatchEvent(new PointerEvent(kind, at));
+    }
+    for (const figures of document.querySelectorAll("details.figures")) figures.open = true;
+    dispatchEvent(new Event("beforeprint"));
+    dispatchEvent(new Event("afterprint"));
+    document.documentElement.dataset.used = used;
+}, 500)</script></body>"##;
 
 /// What a report of a given width says about itself. It stands in a frame, because a window is never narrower than 500
 /// pixels.
@@ -327,6 +353,23 @@ fn browser_follows_theme_and_width() {
             assert_ne!(said["drawn"], "no");
         }
     }
+}
+
+#[test]
+#[ignore = "needs Chromium: run with --ignored"]
+fn browser_survives_every_control() {
+    let data = fixture();
+    let (methods, layers, ranks) =
+        (data.methods.len(), data.profile.layers.len(), data.setting.ranks as usize);
+    let dom = draw_with(&data, "theme=light", USE_EVERYTHING);
+    let used = dom.split_once("data-used=\"").expect("the controls were used").1;
+    let used: usize = used.split_once('"').expect("quote").0.parse().expect("a number");
+    // Layer (3) and scale (3) and unit (2) and theme are buttons; placements, measures and layers are lists.
+    assert_eq!(used, (3 + 3 + 2 + 1) + 4 + 5 + (1 + layers));
+    assert!(dom.contains("data-theme=\"dark\""), "the theme was switched");
+    assert!(dom.contains(&format!("data-bars=\"{}\"", methods * ranks)), "one layer is shown as bars");
+    let rows = figure(&dom, "layers").matches("<tr").count();
+    assert_eq!(rows, layers + 1, "the figures of the chart are a table");
 }
 
 #[test]

@@ -52,7 +52,7 @@ function layersSection() {
     table: () => [["Layer", ...data.methods.map((m) => m.label), ...(state.measure[0] === "copies_per_token" ? ["Lower bound"] : [])],
       layers.map((id, i) => [id, ...data.methods.map((m) => state.measure[2](m.layers[i][state.measure[0]])), ...(state.measure[0] === "copies_per_token" ? [fixed(chosen.layers[i].lower_bound)] : [])])],
   });
-  return section("layers", "Layer by layer", ["Every layer has its own placement.", data.methods.some((m) => m.layers.some((l) => known(l.lower_bound))) ? " No placement can go below the dashed line." : ""],
+  return section("layers", "Layer by layer", ["Every layer has its own placement.", data.methods.some((m) => m.layers.some((l) => known(l.lower_bound))) ? " No placement needs fewer copies than the lower bound." : ""],
     el("div", { class: "controls" }, measures.length > 1 ? choice("Show", measures.map((m) => [m, m[1]]), state.measure, (m) => { state.measure = m; figure.redraw(); }) : null), figure);
 }
 

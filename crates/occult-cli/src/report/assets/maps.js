@@ -102,7 +102,7 @@ function coactivationSection() {
       const blocks = d3.range(offsets.length - 1).filter((r) => offsets[r + 1] > offsets[r]);
       const room = (size / n) * (n / blocks.length) > 20;
       marks.push(Plot.rect(blocks, { x1: (r) => offsets[r], x2: (r) => offsets[r + 1], y1: (r) => offsets[r], y2: (r) => offsets[r + 1],
-        stroke: "var(--outline)", strokeWidth: n > 128 ? 1.25 : 1.75, fill: "none" }));
+        stroke: "var(--outline)", strokeWidth: size / blocks.length < 14 ? 0.8 : 1.75, fill: "none" }));
       if (room) marks.push(Plot.text(blocks, { x: (r) => (offsets[r] + offsets[r + 1]) / 2, y: 0, dy: -9, text: (r) => `${blocks.length > 10 ? "" : "r"}${r}`, fill: "var(--ink-3)", fontSize: 11 }));
       if (room) marks.push(Plot.text(blocks, { x: 0, y: (r) => (offsets[r] + offsets[r + 1]) / 2, dx: -6, textAnchor: "end", text: (r) => `${blocks.length > 10 ? "" : "r"}${r}`, fill: "var(--ink-3)", fontSize: 11 }));
     }
@@ -172,7 +172,7 @@ function loadSection() {
   const bars = (m, width, at) => plot({
     width, height: 190, marginLeft: 34, marginBottom: 28, marginTop: 14, marginRight: 4, ariaLabel: describe(m),
     x: { type: "band", label: null, domain: d3.range(ranks), tickSize: 0, padding: 0.25, ticks: d3.range(0, ranks, Math.max(1, Math.ceil(ranks / (width / 26)))) },
-    y: { domain: [0, Math.max(most, cap ?? 0)], ticks: 4, label: null, grid: true },
+    y: { domain: [0, Math.max(most, cap ?? 0)], ticks: 4, label: null, grid: true, tickSize: 0 },
     marks: [
       Plot.barY(d3.range(ranks), { x: (r) => r, y: (r) => m.load_per_rank[at][r], fill: colourOf.get(m.name), rx1: 2, rx2: 2, tip: true, title: (r) => `Rank ${r}\n${times(m.load_per_rank[at][r])} the mean load` }),
       Plot.ruleY([1], { stroke: "var(--ink-2)" }),
@@ -181,7 +181,7 @@ function loadSection() {
   });
   const grid = (width) => multiples(data.methods, width, ranks > 16 ? 300 : 160,
     (m, each) => [methodTitle(m), state.layer === "all" ? small(m, each) : bars(m, each, state.layer)]);
-  const key = () => (state.layer === "all" ? [rampLegend(DIVERGING, times(Math.max(0, 1 - reach)), times(1 + reach), "Load over the mean; the middle is even")]
+  const key = () => (state.layer === "all" ? [rampLegend(DIVERGING, times(Math.max(0, 1 - reach)), times(1 + reach), "Load over the mean: blue is less than a fair share, orange is more")]
     : [el("p", { class: "ramp" }, "Solid line: mean load.", known(cap) ? ` Dashed line: load cap ${times(cap)}.` : "")]);
   const figure = chart({
     id: "load", caption: "Down: layers. Across: ranks.", describe: () => "Load per rank for each method", draw: (width) => [grid(width), ...key()],
@@ -191,7 +191,7 @@ function loadSection() {
   });
   const options = [["all", "All layers"], ...layers.map((id, i) => [i, `Layer ${id}`])];
   return section("load", "Load per rank",
-    "The step ends when the busiest device ends. Orange is more than its share, blue is less.",
+    "All devices wait for the busiest one, so an even load is a fast one.",
     el("div", { class: "controls" }, choice("Show", options, "all", (v) => {
       state.layer = v;
       figure.querySelector("figcaption").textContent = v === "all" ? "Down: layers. Across: ranks." : `Layer ${layers[v]}, rank by rank.`;
