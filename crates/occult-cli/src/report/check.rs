@@ -32,7 +32,10 @@ impl ReportData {
         let names: BTreeSet<&str> = self.methods.iter().map(|m| m.name.as_str()).collect();
         ensure!(names.len() == self.methods.len(), "report data: two methods have the same name");
         for (what, name) in [("baseline", &self.baseline), ("chosen", &self.chosen)] {
-            ensure!(names.contains(name.as_str()), "report data: {what} names {name:?}, which is not a method");
+            ensure!(
+                names.contains(name.as_str()),
+                "report data: {what} names {name:?}, which is not a method"
+            );
         }
         for method in &self.methods {
             self.check_method(method).with_context(|| format!("report data: method {:?}", method.name))?;
@@ -82,7 +85,11 @@ impl ReportData {
         for order in &map.orders {
             let name = &order.method;
             ensure!(names.contains(name.as_str()), "an order names {name:?}, which is not a method");
-            same(&format!("rank_offsets of {name:?}"), self.setting.ranks as usize + 1, order.rank_offsets.len())?;
+            same(
+                &format!("rank_offsets of {name:?}"),
+                self.setting.ranks as usize + 1,
+                order.rank_offsets.len(),
+            )?;
             let ascending = order.rank_offsets.is_sorted()
                 && order.rank_offsets.first() == Some(&0)
                 && order.rank_offsets.last().is_some_and(|&last| last as usize == order.experts.len());

@@ -30,21 +30,20 @@ function layersSection() {
         title: [`Layer ${layers[at]}`, ...data.methods.map((m) => group.find((p) => p.method === m.name)).filter(Boolean).map((p) => `${label(p.method)}  ${format(p.value)}`)].join("\n") }));
       const order = (name) => (name === data.chosen ? 1 : 0);
       const drawn = d3.sort(all, (p) => order(p.method));
-      const reference = (value, text) => (known(value) ? [
-        Plot.ruleY([value], { stroke: "var(--ink-3)", strokeDasharray: "1,4", strokeLinecap: "round", strokeWidth: 1.5 }),
-        Plot.text([text], { x: 0, y: value, dy: -7, textAnchor: "start", text: (t) => t, fill: "var(--ink-3)" })] : []);
-      return [legend(data.methods.map((m) => m.name)), plot({
+      const lines = [bound.length ? ["lower bound", "5,4", "var(--ink-3)"] : null, known(uniform) ? [`uniform routing ${fixed(uniform)}`, "1,4", "var(--ink-2)"] : null,
+        known(cap) ? [`load cap ${times(cap)}`, "4,3", "var(--warn)"] : null].filter(Boolean);
+      return [legend(data.methods.map((m) => m.name), lines), plot({
         width, height: few ? 300 : 380, marginLeft: 40, marginRight: 12, marginTop: 20, marginBottom: 40,
         x: { domain: [-0.3, layers.length - 0.7], ticks: d3.range(0, layers.length, every), tickFormat: (i) => `${layers[i] ?? ""}`, label: "MoE layer", labelAnchor: "center", labelArrow: "none", tickSize: 0 },
         y: { domain: [low - room, high + room], grid: true, ticks: 5, label: title, labelArrow: "none", tickFormat: key === "intra_fraction" ? (v) => percent(v) : undefined, tickSize: 0 },
         color: methodScale, symbol: symbolScale,
         marks: [
-          bound.length ? Plot.areaY(bound, { x: "at", y1: low - room, y2: "value", fill: "var(--none)", fillOpacity: 0.55, curve: "monotone-x" }) : null,
-          bound.length ? Plot.lineY(bound, { x: "at", y: "value", stroke: "var(--ink-3)", strokeDasharray: "5,4", curve: "monotone-x" }) : null,
-          bound.length ? Plot.text([bound[bound.length - 1]], { x: "at", y: "value", dy: 13, textAnchor: "end", text: () => "lower bound", fill: "var(--ink-3)" }) : null,
-          ...reference(uniform, "uniform routing"), ...reference(cap, "load cap"),
+          bound.length ? Plot.areaY(bound, { x: "at", y1: low - room, y2: "value", fill: "var(--none)", fillOpacity: 0.55 }) : null,
+          bound.length ? Plot.lineY(bound, { x: "at", y: "value", stroke: "var(--ink-3)", strokeDasharray: "5,4" }) : null,
+          known(uniform) ? Plot.ruleY([uniform], { stroke: "var(--ink-2)", strokeDasharray: "1,4", strokeLinecap: "round", strokeWidth: 1.5 }) : null,
+          known(cap) ? Plot.ruleY([cap], { stroke: "var(--warn)", strokeDasharray: "4,3" }) : null,
           Plot.ruleX(atLayer, Plot.pointerX({ x: "at", stroke: "var(--ink-3)", strokeOpacity: 0.5 })),
-          Plot.lineY(drawn, { x: "at", y: "value", z: "method", stroke: "method", strokeWidth: (p) => (p.method === data.chosen ? 2.6 : 1.5), curve: "monotone-x" }),
+          Plot.lineY(drawn, { x: "at", y: "value", z: "method", stroke: "method", strokeWidth: (p) => (p.method === data.chosen ? 2.6 : 1.3) }),
           Plot.dot(drawn, { x: "at", y: "value", fill: "method", symbol: "method", r: layers.length > 40 || few ? 2.4 : 3.4, stroke: "var(--paper)", strokeWidth: 0.8 }),
           Plot.tip(atLayer, Plot.pointerX({ x: "at", y: "value", title: "title", lineHeight: 1.35 })),
         ],
@@ -53,8 +52,34 @@ function layersSection() {
     table: () => [["Layer", ...data.methods.map((m) => m.label), ...(state.measure[0] === "copies_per_token" ? ["Lower bound"] : [])],
       layers.map((id, i) => [id, ...data.methods.map((m) => state.measure[2](m.layers[i][state.measure[0]])), ...(state.measure[0] === "copies_per_token" ? [fixed(chosen.layers[i].lower_bound)] : [])])],
   });
-  return section("layers", "Layer by layer", "Every layer has its own placement. Below the dashed line no placement can go.",
+  return section("layers", "Layer by layer", ["Every layer has its own placement.", data.methods.some((m) => m.layers.some((l) => known(l.lower_bound))) ? " No placement needs fewer copies than the lower bound." : ""],
     el("div", { class: "controls" }, measures.length > 1 ? choice("Show", measures.map((m) => [m, m[1]]), state.measure, (m) => { state.measure = m; figure.redraw(); }) : null), figure);
+}
+
+/** A place for each name where it covers no point and no other name; a name without a place is left to the tooltip. */
+function placeLabels(names, frame, x, y) {
+  const places = [[11, 0, "start"], [-11, 11, "end"], [-11, 0, "end"], [0, -16, "middle"], [0, 17, "middle"]];
+  const dots = names.map(({ p }) => [x(p.load_max_over_mean), y(p.copies_per_token)]);
+  const taken = [];
+  const placed = [];
+  for (const name of d3.sort(names, (n) => (n.bold ? 0 : 1))) {
+    const size = name.text.length * (name.bold ? 7.4 : 6.2);
+    const [px, py] = [x(name.p.load_max_over_mean), y(name.p.copies_per_token)];
+    // Names along the curve stand below and left of it, where nothing can be.
+    for (const [dx, dy, anchor] of name.bold ? places : [places[1], places[2], places[4]]) {
+      const left = px + dx - (anchor === "end" ? size : anchor === "middle" ? size / 2 : 0);
+      const box = [left, py + dy - 8, left + size, py + dy + 8];
+      const inside = box[0] >= frame.marginLeft && box[2] <= frame.width && box[1] >= 0 && box[3] <= frame.height - frame.marginBottom;
+      const free = taken.every((b) => b[2] < box[0] || box[2] < b[0] || b[3] < box[1] || box[3] < b[1])
+        && dots.every(([a, b]) => a < box[0] - 4 || a > box[2] + 4 || b < box[1] || b > box[3]);
+      if (inside && free) {
+        taken.push(box);
+        placed.push({ ...name, dx, dy, anchor });
+        break;
+      }
+    }
+  }
+  return placed;
 }
 
 // ---- copies against load ---------------------------------------------------------------------------------------------------------
@@ -74,24 +99,26 @@ function frontierSection() {
       const y = d3.extent(points, (p) => p.copies_per_token);
       const pad = (y[1] - y[0]) * 0.14 || 0.2;
       const curves = d3.sort(points.filter((p) => counted.get(p.method) > 1), (p) => p.load_max_over_mean);
-      const middle = x[0] + (x[1] - x[0]) * (few ? 0.45 : 0.72);
       const curve = (p) => counted.get(p.method) > 1;
       const words = (p) => (curve(p) && known(p.load_cap) ? `cap ${p.load_cap}` : p.label);
-      const text = (filter, options) => Plot.text(points.filter(filter), { x: "load_max_over_mean", y: "copies_per_token", text: words,
-        fill: (p) => (p.method === data.chosen ? "var(--ink-2)" : "var(--ink)"), stroke: "var(--paper)", strokeWidth: 4, paintOrder: "stroke", ...options });
+      const frame = { width, height: few ? 340 : 420, marginLeft: 40, marginRight: few ? 14 : 30, marginTop: 22, marginBottom: 42 };
+      const spread = x[1] - 1 || 0.2;
+      const xDomain = [1 - spread * 0.03, x[1] + spread * 0.06];
+      const labels = placeLabels(points.map((p) => ({ p, text: words(p), bold: !curve(p) })), frame,
+        d3.scaleLinear(xDomain, [frame.marginLeft, width - frame.marginRight]), d3.scaleLinear([y[0] - pad, y[1] + pad], [frame.height - frame.marginBottom, frame.marginTop]));
       return plot({
-        width, height: few ? 340 : 420, marginLeft: 40, marginRight: few ? 14 : 30, marginTop: 22, marginBottom: 42,
-        x: { domain: [1 - (x[1] - 1) * 0.03, x[1] + (x[1] - 1) * 0.06], label: "Max / mean load", labelAnchor: "center", labelArrow: "none", grid: true, ticks: few ? 4 : 8, tickSize: 0 },
+        ...frame, r: { type: "identity" },
+        x: { domain: xDomain, label: "Max / mean load", labelAnchor: "center", labelArrow: "none", grid: true, ticks: few ? 4 : 8, tickSize: 0 },
         y: { domain: [y[0] - pad, y[1] + pad], label: "Copies per token", labelArrow: "none", grid: true, ticks: 6, tickSize: 0 },
         color: methodScale, symbol: symbolScale,
         marks: [
           known(cap) ? Plot.ruleX([cap], { stroke: "var(--warn)", strokeDasharray: "4,3" }) : null,
           known(cap) ? Plot.text([`load cap ${cap}`], { x: cap, y: y[1] + pad, dx: 6, dy: 7, textAnchor: "start", text: (t) => t, fill: "var(--warn)" }) : null,
           Plot.lineY(curves, { x: "load_max_over_mean", y: "copies_per_token", z: "method", stroke: "method", strokeWidth: 2.4, curve: "monotone-x" }),
-          Plot.dot(points, { x: "load_max_over_mean", y: "copies_per_token", fill: "method", symbol: "method", r: (p) => (curve(p) ? 4.5 : 6.5), stroke: "var(--paper)", strokeWidth: 1 }),
-          text((p) => curve(p), { dx: -9, dy: 11, textAnchor: "end", fontSize: 11 }),
-          text((p) => !curve(p) && p.load_max_over_mean <= middle, { dx: 11, textAnchor: "start", fontWeight: 600 }),
-          text((p) => !curve(p) && p.load_max_over_mean > middle, { dy: -14, textAnchor: "end", fontWeight: 600 }),
+          Plot.dot(points, { x: "load_max_over_mean", y: "copies_per_token", fill: "method", symbol: "method", r: (p) => (curve(p) ? 4 : 6.5), stroke: "var(--paper)", strokeWidth: 1 }),
+          Plot.dot(points.filter((p) => p.method === data.chosen && curve(p) && p.load_cap === cap), { x: "load_max_over_mean", y: "copies_per_token", r: 8.5, stroke: "var(--chosen)", strokeWidth: 1.5 }),
+          ...labels.map(({ p, text, bold, dx, dy, anchor }) => Plot.text([p], { x: "load_max_over_mean", y: "copies_per_token", text: () => text, dx, dy, textAnchor: anchor,
+            fill: bold ? "var(--ink)" : "var(--ink-2)", fontWeight: bold ? 600 : 400, fontSize: bold ? 12 : 11, ...HALO })),
           Plot.tip(points, Plot.pointer({ x: "load_max_over_mean", y: "copies_per_token", title: (p) => `${p.label}\n${fixed(p.copies_per_token)} copies per token\n${times(p.load_max_over_mean)} max / mean load` })),
         ],
       });
@@ -131,22 +158,30 @@ function pruningSection() {
     draw: (width) => {
       const few = width < 560;
       const groups = d3.groups(lines, series);
+      const [x, y] = [d3.extent(lines, (p) => p.copies_per_token), d3.extent(lines, (p) => p.retained_mass)];
+      const wide = x[1] - x[0] || 1;
+      const high = y[1] - y[0] || 0.1;
+      // The best rule at each limit is named, unless another name stands there already.
+      const named = [];
+      for (const p of d3.sort(lines.filter((q) => q.method === data.chosen), (q) => -q.retained_mass)) {
+        const near = (q) => Math.abs(q.copies_per_token - p.copies_per_token) < 0.07 * wide && Math.abs(q.retained_mass - p.retained_mass) < 0.08 * high;
+        if (!named.some((q) => near(q) || budget(q) === budget(p))) named.push(p);
+      }
       return [ruleLegend(), plot({
         width, height: few ? 320 : 380, marginLeft: 46, marginRight: 16, marginTop: 22, marginBottom: 42, color: methodScale,
-        x: { label: "Copies per token", labelAnchor: "center", labelArrow: "none", grid: true, nice: true, ticks: few ? 4 : 8, tickSize: 0 },
-        y: { label: "Routing mass kept", labelArrow: "none", grid: true, nice: true, ticks: 5, tickFormat: (v) => percent(v), tickSize: 0 },
+        x: { label: "Copies per token", labelAnchor: "center", labelArrow: "none", grid: true, domain: [x[0] - 0.07 * wide, x[1] + 0.04 * wide], ticks: few ? 4 : 8, tickSize: 0 },
+        y: { label: "Routing mass kept", labelArrow: "none", grid: true, domain: [y[0] - 0.06 * high, y[1] + 0.06 * high], ticks: 5, tickFormat: (v) => percent(v), tickSize: 0 },
         symbol: { domain: keys, range: keys.map((k) => symbolFor.get(k)) },
         marks: [
           ...groups.map(([, group]) => Plot.lineY(group, { x: "copies_per_token", y: "retained_mass", stroke: colourOf.get(group[0].method), strokeDasharray: dashOf.get(keyOf(group[0])), strokeWidth: 1.8, curve: "monotone-x" })),
           Plot.dot(lines, { x: "copies_per_token", y: "retained_mass", fill: "method", symbol: keyOf, r: 4.5, stroke: "var(--paper)", strokeWidth: 0.8 }),
-          few ? null : Plot.text(lines.filter((p) => p.method === data.chosen && (kind(p) === "adaptive" || !rows.some((q) => q.method === p.method && budget(q) === budget(p) && q.retained_mass > p.retained_mass))),
-            { x: "copies_per_token", y: "retained_mass", text: budget, dy: -13, textAnchor: "end", dx: -2, fill: "var(--ink-2)", stroke: "var(--paper)", strokeWidth: 4, paintOrder: "stroke", fontSize: 11 }),
+          few ? null : Plot.text(named, { x: "copies_per_token", y: "retained_mass", text: budget, dy: -8, dx: -7, textAnchor: "end", fill: "var(--ink-2)", fontSize: 11, ...HALO }),
           Plot.tip(lines, Plot.pointer({ x: "copies_per_token", y: "retained_mass", title: (p) => `${label(p.method)}, ${p.rule}\nat most ${budget(p)}\n${fixed(p.copies_per_token)} copies per token\n${percent(p.retained_mass, 1)} of mass kept\n${percent(p.replaced_fraction, 1)} replaced\n${times(p.load_max_over_mean)} load` })),
         ],
       })];
     },
   });
-  const table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Pruning figures" }, plainTable(
+  const table = el("div", { class: "scroll compact", tabindex: "0", role: "region", "aria-label": "Pruning figures" }, plainTable(
     ["Rule and placement", "Limit", "Copies per token", "Mass kept", "Experts replaced", "Max / mean load"],
     rows.map((p) => [`${p.rule}, ${inline(label(p.method))}`, budget(p), fixed(p.copies_per_token), percent(p.retained_mass, 1), percent(p.replaced_fraction, 1), times(p.load_max_over_mean)])));
   return section("pruning", "Collaboration pruning", "Placement alone never changes the model. Pruning goes further: a token may visit only a few ranks, "
@@ -177,21 +212,19 @@ function predictionsSection() {
       marks: [
         Plot.rect(bars, { x1: "from", x2: "to", y1: (b) => b.at + 0.48, y2: (b) => b.at + 0.86, fill: "part", insetRight: 0.75, rx: 1.5 }),
         Plot.tip(bars, Plot.pointer({ x: (b) => (b.from + b.to) / 2, y: (b) => b.at + 0.67, maxRadius: 400, title: (b) => `${b.p.label}\n${PARTS.map(([key, name]) => `${name} ${seconds(b.p[key])}`).join("\n")}\nTotal ${seconds(b.p.total_seconds)}` })),
-        Plot.text(list, { x: 0, y: (_, i) => i + 0.26, text: "label", textAnchor: "start", fill: "var(--ink)", fontWeight: (p) => (p.method === data.chosen ? 600 : 400) }),
+        Plot.text(list, { x: 0, y: (_, i) => i + 0.26, text: "label", textAnchor: "start", fill: "var(--ink)", lineWidth: (width - 140) / 12, textOverflow: "ellipsis", fontWeight: (p) => (p.method === data.chosen ? 600 : 400) }),
         Plot.text(list, { frameAnchor: "right", y: (_, i) => i + 0.26, text: words, textAnchor: "end", fill: "var(--ink-2)", fontVariant: "tabular-nums" }),
       ],
     });
-    return el("div", { class: "multiple" }, el("h3", {}, cluster), svg);
+    return [el("h3", {}, cluster), svg];
   };
   const overlap = rows.some((p) => p.total_seconds < 0.995 * (p.dispatch_seconds + p.compute_seconds + p.combine_seconds));
   const figure = chart({
     id: "predictions", caption: `Each cluster has its own scale.${overlap ? " Totals are less than the sum of the parts where these overlap." : ""}`,
     describe: () => "Predicted step time by cluster and method",
     draw: (width) => {
-      const columns = Math.max(1, Math.min(clusters.length, Math.floor(width / 330)));
-      const each = Math.floor((width - 32 * (columns - 1)) / columns);
       const keys = el("ul", { class: "legend" }, PARTS.map(([, name, colour]) => el("li", {}, el("span", { class: "swatch", style: `background:${colour}` }), name)));
-      return [keys, el("div", { class: "multiples", style: `grid-template-columns:repeat(${columns}, minmax(0, 1fr))` }, clusters.map((c) => one(c, each)))];
+      return [keys, multiples(clusters, width, 300, one, 36)];
     },
     table: () => [["Placement", "Cluster", ...PARTS.map((p) => p[1]), "Total"], rows.map((p) => [p.label, p.cluster, ...PARTS.map(([key]) => seconds(p[key])), seconds(p.total_seconds)])],
   });

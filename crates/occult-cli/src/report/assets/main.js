@@ -28,5 +28,10 @@ addEventListener("beforeprint", () => {
   if (onScreen === "dark") setTheme("light", false);
 });
 addEventListener("afterprint", () => { if (onScreen === "dark") setTheme("dark", false); });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => setTheme(event.matches ? "dark" : "light", false));
+// Follows the system until somebody chooses.
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => {
+  let stored = null;
+  try { stored = localStorage.getItem("occult-theme"); } catch { /* nobody has chosen */ }
+  if (!stored) setTheme(event.matches ? "dark" : "light", false);
+});
 document.documentElement.dataset.drawn = String(report.querySelectorAll("figure.chart .plot > *").length);

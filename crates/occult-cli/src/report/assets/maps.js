@@ -44,6 +44,9 @@ function mapPlot({ width, height, margins, rows, columns, value, paint, tip, tex
   return svg;
 }
 
+/** What has no value, such as an expert with itself. */
+const NEUTRAL = () => (dark() ? "#2a2f36" : "#dfdbd1");
+
 /** All cells as the pixels of one image. */
 function imageMark(rows, columns, value, paint) {
   const canvas = el("canvas", { width: columns, height: rows });
@@ -73,7 +76,7 @@ const SCALES = { root: ["Square root", (v) => Math.sqrt(v)], linear: ["Linear", 
 
 function coactivationSection() {
   const part = data.coactivation;
-  const lede = "Each cell is a pair of experts; the darker, the more tokens choose both. On the left experts stand in the order of the checkpoint, on the right "
+  const lede = "Each cell is a pair of experts; the stronger its colour, the more tokens choose both. On the left experts stand in the order of the checkpoint, on the right "
     + "rank after rank. A good placement gathers the strong pairs into the outlined blocks: those never leave a device.";
   if (!part.items.length) return section("coactivation", "Which experts work together", null, reason(part));
   const state = { map: part.items[0], scale: "root" };
@@ -87,7 +90,7 @@ function coactivationSection() {
     const n = experts.length;
     const E = data.profile.num_experts;
     const size = Math.min(width, 620);
-    const margins = { marginLeft: 26, marginRight: 2, marginTop: offsets ? 20 : 6, marginBottom: 22 };
+    const margins = { marginLeft: 26, marginRight: 2, marginTop: 20, marginBottom: 22 };
     const height = size - 28 + margins.marginTop + margins.marginBottom;
     const colour = interpolator(RAMP);
     const curve = SCALES[state.scale][1];
@@ -99,8 +102,9 @@ function coactivationSection() {
       const blocks = d3.range(offsets.length - 1).filter((r) => offsets[r + 1] > offsets[r]);
       const room = (size / n) * (n / blocks.length) > 20;
       marks.push(Plot.rect(blocks, { x1: (r) => offsets[r], x2: (r) => offsets[r + 1], y1: (r) => offsets[r], y2: (r) => offsets[r + 1],
-        stroke: "var(--outline)", strokeWidth: n > 128 ? 1.25 : 1.75, fill: "none" }));
+        stroke: "var(--outline)", strokeWidth: size / blocks.length < 14 ? 0.8 : 1.75, fill: "none" }));
       if (room) marks.push(Plot.text(blocks, { x: (r) => (offsets[r] + offsets[r + 1]) / 2, y: 0, dy: -9, text: (r) => `${blocks.length > 10 ? "" : "r"}${r}`, fill: "var(--ink-3)", fontSize: 11 }));
+      if (room) marks.push(Plot.text(blocks, { x: 0, y: (r) => (offsets[r] + offsets[r + 1]) / 2, dx: -6, textAnchor: "end", text: (r) => `${blocks.length > 10 ? "" : "r"}${r}`, fill: "var(--ink-3)", fontSize: 11 }));
     }
     const step = Math.max(1, Math.ceil(n / 8 / 4) * 4);
     const ticks = offsets ? [] : d3.range(0, n, step);
@@ -108,7 +112,7 @@ function coactivationSection() {
     marks.push(Plot.text(ticks, { x: 0, y: (t) => t + 0.5, dx: -6, textAnchor: "end", text: (t) => `${experts[t]}`, fill: "var(--ink-3)", fontSize: 11 }));
     return mapPlot({
       width: size, height, margins, rows: n, columns: n, value: strength, y: { reverse: true }, marks,
-      paint: (v, r, c) => (experts[r] === experts[c] ? "var(--none)" && (dark() ? "#2a2f36" : "#e9e5dc") : lookup[Math.round(255 * Math.min(1, curve(v)))]),
+      paint: (v, r, c) => (experts[r] === experts[c] ? NEUTRAL() : lookup[Math.round(255 * Math.min(1, curve(v)))]),
       ariaLabel: `Co-activation of layer ${state.map.layer}, experts ${offsets ? `by rank under ${label(state.method)}` : "by id"}`,
       tip: (r, c) => [`Expert ${experts[r]} and ${experts[c]}`,
         experts[r] === experts[c] ? "the same expert" : `${percent(strength(r, c), 1)} of the strongest pair`,
@@ -118,16 +122,18 @@ function coactivationSection() {
   const before = chart({ id: "coactivation-before", caption: "By expert id", describe: () => "Co-activation by expert id", draw: draw(byId) });
   const after = chart({ id: "coactivation-after", caption: "By rank", describe: () => "Co-activation by rank", draw: orders().length ? draw(order) : () => reason({}) });
   const key = el("div");
-  const refresh = () => {
+  const words = () => {
     after.querySelector("figcaption").textContent = `By rank: ${label(state.method)}`;
-    const [from, to] = state.scale === "log" ? ["0.001", "1"] : ["0", "1"];
-    key.replaceChildren(rampLegend(RAMP, from, to, "Co-activation over the strongest pair"));
+    key.replaceChildren(rampLegend(RAMP, state.scale === "log" ? "0.001" : "0", "1", "Co-activation over the strongest pair"));
+  };
+  const refresh = () => {
+    words();
     before.redraw();
     after.redraw();
   };
-  charts.push({ redraw: () => refresh2(), width: -1 });
-  const refresh2 = () => key.replaceChildren(rampLegend(RAMP, state.scale === "log" ? "0.001" : "0", "1", "Co-activation over the strongest pair"));
-  refresh2();
+  // The legend has the colours of the theme, so it is redrawn with the charts.
+  charts.push({ redraw: words });
+  words();
   const methods = orders().map((o) => [o.method, label(o.method)]);
   return section("coactivation", "Which experts work together", lede,
     el("div", { class: "controls" },
@@ -155,7 +161,7 @@ function loadSection() {
     const acrossEvery = Math.max(1, Math.ceil(ranks / Math.max(1, Math.floor(width / 26))));
     return mapPlot({
       width, height, margins, rows, columns: ranks, value: (r, c) => m.load_per_rank[r][c], paint, y: { reverse: true }, ariaLabel: describe(m),
-      text: cellHeight >= 15 ? (v) => v.toFixed(1) : null,
+      text: rows <= 12 ? (v) => v.toFixed(1) : null,
       tip: (r, c) => [`Layer ${layers[r]}, rank ${c}`, `${times(m.load_per_rank[r][c])} the mean load`],
       marks: [
         Plot.text(d3.range(0, rows, every), { x: 0, y: (r) => r + 0.5, dx: -5, textAnchor: "end", text: (r) => `${layers[r]}`, fill: "var(--ink-3)", fontSize: 10.5 }),
@@ -166,21 +172,16 @@ function loadSection() {
   const bars = (m, width, at) => plot({
     width, height: 190, marginLeft: 34, marginBottom: 28, marginTop: 14, marginRight: 4, ariaLabel: describe(m),
     x: { type: "band", label: null, domain: d3.range(ranks), tickSize: 0, padding: 0.25, ticks: d3.range(0, ranks, Math.max(1, Math.ceil(ranks / (width / 26)))) },
-    y: { domain: [0, Math.max(most, cap ?? 0)], ticks: 4, label: null, grid: true },
+    y: { domain: [0, Math.max(most, cap ?? 0)], ticks: 4, label: null, grid: true, tickSize: 0 },
     marks: [
       Plot.barY(d3.range(ranks), { x: (r) => r, y: (r) => m.load_per_rank[at][r], fill: colourOf.get(m.name), rx1: 2, rx2: 2, tip: true, title: (r) => `Rank ${r}\n${times(m.load_per_rank[at][r])} the mean load` }),
       Plot.ruleY([1], { stroke: "var(--ink-2)" }),
       known(cap) ? Plot.ruleY([cap], { stroke: "var(--warn)", strokeDasharray: "4,3" }) : null,
     ],
   });
-  const grid = (width) => {
-    const columns = Math.max(1, Math.min(data.methods.length, Math.floor(width / 250)));
-    const each = Math.floor((width - 24 * (columns - 1)) / columns);
-    return el("div", { class: "multiples", style: `grid-template-columns:repeat(${columns}, minmax(0, 1fr))` }, data.methods.map((m) => el("div", { class: "multiple" },
-      el("h3", {}, el("span", { class: "swatch", style: `background:${colourOf.get(m.name)}` }), m.label),
-      state.layer === "all" ? small(m, each) : bars(m, each, state.layer))));
-  };
-  const key = () => (state.layer === "all" ? [rampLegend(DIVERGING, times(Math.max(0, 1 - reach)), times(1 + reach), "Load over the mean; the middle is even")]
+  const grid = (width) => multiples(data.methods, width, ranks > 16 ? 300 : 160,
+    (m, each) => [methodTitle(m), state.layer === "all" ? small(m, each) : bars(m, each, state.layer)]);
+  const key = () => (state.layer === "all" ? [rampLegend(DIVERGING, times(Math.max(0, 1 - reach)), times(1 + reach), "Load over the mean: blue is less than a fair share, orange is more")]
     : [el("p", { class: "ramp" }, "Solid line: mean load.", known(cap) ? ` Dashed line: load cap ${times(cap)}.` : "")]);
   const figure = chart({
     id: "load", caption: "Down: layers. Across: ranks.", describe: () => "Load per rank for each method", draw: (width) => [grid(width), ...key()],
@@ -190,7 +191,7 @@ function loadSection() {
   });
   const options = [["all", "All layers"], ...layers.map((id, i) => [i, `Layer ${id}`])];
   return section("load", "Load per rank",
-    "The step ends when the busiest device ends. Orange is more than its share, blue is less.",
+    "All devices wait for the busiest one, so an even load is a fast one.",
     el("div", { class: "controls" }, choice("Show", options, "all", (v) => {
       state.layer = v;
       figure.querySelector("figcaption").textContent = v === "all" ? "Down: layers. Across: ranks." : `Layer ${layers[v]}, rank by rank.`;
@@ -215,7 +216,7 @@ function pairsSection() {
     const edges = d3.range(1, nodes).map((n) => (n * ranks) / nodes);
     return mapPlot({
       width: size, height: size - 2, margins, rows: ranks, columns: ranks, value: (r, c) => m.rows_per_pair[r][c], y: { reverse: true },
-      paint: (v, r, c) => (r === c ? (dark() ? "#2a2f36" : "#e9e5dc") : colour(v / most)),
+      paint: (v, r, c) => (r === c ? NEUTRAL() : colour(v / most)),
       text: (v) => (state.unit === "rows" ? short(v) : d3.format(".2~s")(inUnit(v))),
       ariaLabel: `Rows from rank to rank under ${m.label}`,
       tip: (r, c) => [r === c ? `Rank ${r} to itself` : `Rank ${r} to rank ${c}`, `${words(m.rows_per_pair[r][c])} per 1,000 tokens and layer`, ...(r === c ? ["stays at home"] : [])],
@@ -230,10 +231,7 @@ function pairsSection() {
     id: "pairs", caption: `Down: the rank that sends. Across: the rank that receives.${nodes > 1 ? " Lines divide the hosts." : ""} Per 1,000 tokens and layer.`,
     describe: () => "Rows sent between ranks for each method",
     draw: (width) => {
-      const columns = Math.max(1, Math.min(shown.length, Math.floor(width / 260)));
-      const each = Math.floor((width - 24 * (columns - 1)) / columns);
-      return [el("div", { class: "multiples", style: `grid-template-columns:repeat(${columns}, minmax(0, 1fr))` }, shown.map((m) => el("div", { class: "multiple" },
-        el("h3", {}, el("span", { class: "swatch", style: `background:${colourOf.get(m.name)}` }), m.label), one(m, each)))),
+      return [multiples(shown, width, 250, (m, each) => [methodTitle(m), one(m, each)]),
       rampLegend(RAMP, "0", words(most), "Per 1,000 tokens and layer")];
     },
     table: () => [["From", ...d3.range(ranks).map((r) => `To ${r}`)],

@@ -7,9 +7,9 @@ function headline() {
   const { ranks } = data.setting;
   const figure = (v) => el("em", {}, v);
   if (known(now.copies_per_token) && chosen !== baseline) {
-    return ["Each token visits ", figure(fixed(now.copies_per_token)), ` of ${ranks} devices instead of ${fixed(before.copies_per_token)}.`];
+    return ["Each token visits ", figure(fixed(now.copies_per_token)), ` of\u00a0${ranks} devices instead of ${fixed(before.copies_per_token)}.`];
   }
-  if (known(now.copies_per_token)) return ["Each token visits ", figure(fixed(now.copies_per_token)), ` of ${ranks} devices.`];
+  if (known(now.copies_per_token)) return ["Each token visits ", figure(fixed(now.copies_per_token)), ` of\u00a0${ranks} devices.`];
   return ["The busiest of ", `${ranks} devices does `, figure(times(now.load_max_over_mean)), " the mean work",
     chosen === baseline ? "." : ` instead of ${times(before.load_max_over_mean)}.`];
 }
@@ -47,8 +47,8 @@ function cards() {
   const time = (name) => data.predictions.items.find((p) => p.cluster === best && p.method === name)?.total_seconds;
   const rowBytes = (m) => (known(m.remote_copies_per_token) ? m.remote_copies_per_token * data.setting.row_bytes : null);
   return el("ul", { class: "cards" }, [
-    card("Copies per token", "Devices whose experts a token needs, its own included.", now.copies_per_token, before.copies_per_token, fixed, ["fewer", "more"]),
-    card("Sent per token and layer", `Rows of ${bytes(data.setting.row_bytes)} to other devices; as much comes back.`, rowBytes(now), rowBytes(before), bytes, ["less", "more"]),
+    card("Copies per token", "Devices that hold experts of a token, its own included.", now.copies_per_token, before.copies_per_token, fixed, ["fewer", "more"]),
+    card("Sent per token", `To other devices, per layer, in rows of ${bytes(data.setting.row_bytes)}; as much returns.`, rowBytes(now), rowBytes(before), bytes, ["less", "more"]),
     data.setting.nodes > 1 ? card("Hosts per token", `Of ${data.setting.nodes}; the links between them are the slow ones.`, now.node_copies_per_token, before.node_copies_per_token, fixed, ["fewer", "more"]) : null,
     card("Busiest device", "Its load over the mean load; 1× is even.", now.load_max_over_mean, before.load_max_over_mean, times, ["lower", "higher"]),
     card("Predicted step", best ? `All MoE layers, ${best}.` : "", time(data.chosen), time(data.baseline), seconds, ["faster", "slower"]),
@@ -93,14 +93,12 @@ function opening() {
 }
 
 function themeButton() {
-  const text = () => (dark() ? "Light" : "Dark");
-  return el("button", { type: "button", class: "theme", title: "Switch between light and dark", onclick: (event) => {
-    setTheme(dark() ? "light" : "dark", true);
-    event.currentTarget.textContent = text();
-  } }, text());
+  return el("button", { type: "button", class: "theme", title: "Switch between light and dark", onclick: () => setTheme(dark() ? "light" : "dark", true) }, themeWord());
 }
+const themeWord = () => (dark() ? "Light" : "Dark");
 function setTheme(theme, keep) {
   document.documentElement.dataset.theme = theme;
+  for (const button of document.querySelectorAll("button.theme")) button.textContent = themeWord();
   if (keep) try { localStorage.setItem("occult-theme", theme); } catch { /* not kept, that is all */ }
   for (const c of charts) c.redraw();
 }

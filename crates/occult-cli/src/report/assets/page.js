@@ -18,14 +18,14 @@ const ABSENT = "–";
 const known = (v) => v !== null && v !== undefined;
 const fixed = (v, digits = 2) => (known(v) ? v.toFixed(digits) : ABSENT);
 const times = (v) => (known(v) ? `${v.toFixed(2)}×` : ABSENT);
-const percent = (v, digits = 0) => (known(v) ? `${(100 * v).toFixed(digits)} %` : ABSENT);
+const percent = (v, digits = 0) => (known(v) ? `${(100 * v).toFixed(digits)}\u00a0%` : ABSENT);
 const whole = (v) => (known(v) ? v.toLocaleString("en-US") : ABSENT);
 const short = (v) => (v >= 100 || v === 0 ? v.toFixed(0) : v >= 10 ? v.toFixed(1) : v.toPrecision(2));
 
 function scaled(v, steps) {
   const [size, unit] = steps.find(([s]) => Math.abs(v) >= s) ?? steps[steps.length - 1];
   const x = v / size;
-  return `${x >= 100 ? x.toFixed(0) : x >= 10 ? x.toFixed(1) : x.toFixed(2)} ${unit}`;
+  return `${x >= 100 ? x.toFixed(0) : x >= 10 ? x.toFixed(1) : x.toFixed(2)}\u00a0${unit}`;
 }
 const bytes = (v) => (known(v) ? scaled(v, [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"], [1, "B"]]) : ABSENT);
 const seconds = (v) => (known(v) ? scaled(v, [[1, "s"], [1e-3, "ms"], [1e-6, "µs"]]) : ABSENT);
@@ -35,7 +35,7 @@ function change(now, before, [less, more] = ["less", "more"]) {
   if (!known(now) || !known(before) || before === 0) return null;
   const ratio = now / before - 1;
   if (Math.abs(ratio) < 0.005) return "the same";
-  return `${Math.abs(100 * ratio).toFixed(0)} % ${ratio < 0 ? less : more}`;
+  return `${Math.abs(100 * ratio).toFixed(0)}\u00a0% ${ratio < 0 ? less : more}`;
 }
 
 // ---- methods and their colours -------------------------------------------------------------------------------------
@@ -69,14 +69,20 @@ const symbolOf = new Map();
 const methodScale = { domain: everyName, range: everyName.map((n) => colourOf.get(n)) };
 const symbolScale = { domain: everyName, range: everyName.map((n) => symbolOf.get(n)) };
 
-function legend(names, text = label) {
+/** Methods with their marks, then lines as `[text, dash, colour]`. */
+function legend(names, lines = []) {
   const entry = (name) => {
     const path = d3.symbol(Plot_symbol(symbolOf.get(name)), 70)();
     const mark = d3.create("svg").attr("viewBox", "-7 -7 14 14").attr("width", 12).attr("height", 12).attr("aria-hidden", "true");
     mark.append("path").attr("d", path).attr("fill", colourOf.get(name));
-    return el("li", {}, mark.node(), text(name));
+    return el("li", {}, mark.node(), label(name));
   };
-  return el("ul", { class: "legend", "aria-label": "Legend" }, names.map(entry));
+  return el("ul", { class: "legend", "aria-label": "Legend" }, names.map(entry),
+    lines.map(([words, dash, colour]) => {
+      const mark = d3.create("svg").attr("viewBox", "0 -6 26 12").attr("width", 26).attr("height", 12).attr("aria-hidden", "true");
+      mark.append("line").attr("x2", 26).attr("stroke", colour).attr("stroke-width", 1.6).attr("stroke-dasharray", dash).attr("stroke-linecap", "round");
+      return el("li", {}, mark.node(), words);
+    }));
 }
 const Plot_symbol = (name) =>
   ({ circle: d3.symbolCircle, square: d3.symbolSquare, triangle: d3.symbolTriangle, diamond2: d3.symbolDiamond2,
@@ -90,7 +96,7 @@ const RAMP = {
 };
 const DIVERGING = {
   light: ["#2a6f9e", "#9cc3d9", "#f6f4ef", "#eeb07f", "#b3470f"],
-  dark: ["#6db8e6", "#2d5f80", "#22262b", "#93532a", "#ff9f5f"],
+  dark: ["#7cc4f0", "#3777a1", "#22262b", "#b0632f", "#ffad75"],
 };
 const stops = (ramp) => ramp[dark() ? "dark" : "light"];
 const interpolator = (ramp) => d3.piecewise(d3.interpolateLab, stops(ramp));
@@ -173,6 +179,22 @@ function plainTable(head, rows) {
   return el("table", {}, el("thead", {}, el("tr", {}, head.map((h) => el("th", { scope: "col" }, h)))),
     el("tbody", {}, rows.map((row) => el("tr", {}, row.map(cell)))));
 }
+
+/** Columns for `n` small charts of at least `least` pixels, so that the last row is not left almost empty. */
+function columnsFor(n, width, least) {
+  const most = Math.max(1, Math.min(n, Math.floor((width + 24) / (least + 24))));
+  return Math.ceil(n / Math.ceil(n / most));
+}
+/** Small charts side by side; `one(item, width)` draws each. */
+function multiples(items, width, least, one, gap = 24) {
+  const columns = columnsFor(items.length, width, least);
+  const each = Math.floor((width - gap * (columns - 1)) / columns);
+  return el("div", { class: "multiples", style: `grid-template-columns:repeat(${columns}, minmax(0, 1fr));column-gap:${gap}px` },
+    items.map((item) => el("div", { class: "multiple" }, ...one(item, each))));
+}
+const methodTitle = (m) => el("h3", {}, el("span", { class: "swatch", style: `background:${colourOf.get(m.name)}` }), m.label);
+/** Text over lines and dots stays readable. */
+const HALO = { stroke: "var(--paper)", strokeWidth: 4, paintOrder: "stroke" };
 
 /** What every plot has in common. */
 function plot(options) {
