@@ -4,6 +4,7 @@
 //! - [`PlacementFile`]: the placement, JSON; [`export()`] and [`import_placement`]: expert maps of other engines.
 //! - [`describe`]: what a file is. [`pickle`]: pickles and `.pt` files as data.
 //! - [`import()`]: routing records and expert statistics of other engines, into a profile.
+//! - [`cluster`]: links and compute for the cost model, with presets.
 //!
 //! Files are not trusted. A size or offset read from a file is checked against the file before anything of that size
 //! is allocated, every error is a [`FormatError`] that names the file, and an output appears under its name only when it
@@ -11,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod array;
+pub mod cluster;
 pub mod error;
 pub mod export;
 pub mod import;

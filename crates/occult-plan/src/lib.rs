@@ -16,19 +16,31 @@
 //! - *Load*: (token, expert) pairs a rank computes. `max/mean` is 1 when the work is even.
 #![forbid(unsafe_code)]
 
+pub mod brim;
 pub mod coactivation;
+pub mod cost;
+pub mod dispatch_plan;
 pub mod error;
+pub mod graph;
 pub mod placement;
+pub mod prune;
 pub mod replicas;
 pub mod routing;
+pub mod similarity;
 pub mod topology;
+pub mod traffic;
 
+pub use brim::{Brim, DenseBrim, ExpertRows};
 pub use coactivation::{CoActivation, tokens_per_expert};
+pub use dispatch_plan::{DispatchPlan, RowExperts};
 pub use error::PlanError;
 pub use placement::{LayerPlacement, Placement};
+pub use prune::{Budget, PruneStats, Pruned, RouterRule, Rule, Scoring, prune};
 pub use replicas::ReplicaChooser;
 pub use routing::{Routing, RoutingBuf};
+pub use similarity::{SimilarityAccumulator, SimilarityTable};
 pub use topology::Topology;
+pub use traffic::{HomeRanks, LayerTraffic, TrafficMeter, TrafficSummary};
 
 /// Global (logical) id of a routed expert, `0..E`.
 pub type ExpertId = u16;

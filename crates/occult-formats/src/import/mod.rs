@@ -1,7 +1,7 @@
 //! Routing records and expert statistics of other engines, into a routing profile.
 //!
 //! Every format is one file here with one function `read(inputs, options, sink)`: it looks at its inputs, calls
-//! [`Sink::begin`] once it knows the layout, and then appends rows chunk by chunk (or sets counts). Several inputs of
+//! `Sink::begin` once it knows the layout, and then appends rows chunk by chunk (or sets counts). Several inputs of
 //! one kind are concatenated, rows after rows.
 
 mod arrays;

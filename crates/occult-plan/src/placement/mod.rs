@@ -2,6 +2,15 @@
 //!
 //! Every method decides one layer; layers are independent. [`Placement`] is the table for all layers of a model.
 
+pub mod contiguous;
+pub mod eplb;
+pub mod greedy;
+mod method;
+pub mod random;
+pub mod search;
+
+pub use method::Method;
+
 use crate::{ExpertId, PlanError, Rank, Result, Topology};
 
 /// Experts of every rank, for one layer. An expert lives on at least one rank; on more than one where it is replicated.
