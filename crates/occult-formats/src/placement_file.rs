@@ -165,8 +165,9 @@ impl PlacementFile {
         };
         let json = |e: serde_json::Error| FormatError::Request(format!("placement: {e}"));
         let header = serde_json::to_value(&header).map_err(json)?;
-        let mut text = String::from("{\n");
-        for (key, value) in header.as_object().into_iter().flatten() {
+        // The format comes first, where people and programs look for it.
+        let mut text = format!("{{\n  \"format\": \"{PLACEMENT_FORMAT}\",\n");
+        for (key, value) in header.as_object().into_iter().flatten().filter(|(key, _)| *key != "format") {
             text.push_str(&format!("  {}: {value},\n", Value::from(key.as_str())));
         }
         text.push_str("  \"layers\": [\n");

@@ -232,3 +232,60 @@ fn sglang_http_says_what_is_missing_or_wrong() {
     let path = [write(folder.path(), "c.json", "{\"meta_info\": {\"routed_experts\": \"AAAA")];
     assert!(refusal(&path, &full(3, 2, 6)).contains("broken JSON"));
 }
+
+/// A copy of the per_token dump of rank 0 in which some ids of its first record are other numbers.
+fn with_ids(folder: &Path, index: usize, ids: &[i32]) -> PathBuf {
+    use std::io::{Cursor, Read as _, Write as _};
+    let mut from =
+        zip::ZipArchive::new(std::fs::File::open(fixture("sglang_per_token_0.pt")).unwrap()).unwrap();
+    let mut to = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    let stored = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    for i in 0..from.len() {
+        let mut entry = from.by_index(i).unwrap();
+        let name = entry.name().unwrap().into_owned();
+        let mut data = Vec::new();
+        entry.read_to_end(&mut data).unwrap();
+        // The ids [3 layers, 5 tokens, 8] are the only storage of this size.
+        if data.len() == 3 * 5 * 8 * 4 {
+            let new: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+            data[index * 4..index * 4 + new.len()].copy_from_slice(&new);
+        }
+        to.start_file(name, stored).unwrap();
+        to.write_all(&data).unwrap();
+    }
+    let path = folder.join("changed.pt");
+    std::fs::write(&path, to.finish().unwrap().into_inner()).unwrap();
+    path
+}
+
+/// Where layer 1 (the first MoE layer), token 2, column 0 lies.
+const TOKEN_2: usize = (5 + 2) * 8;
+
+#[test]
+fn sglang_physical_id_out_of_range() {
+    let folder = tempfile::tempdir().unwrap();
+    for id in [8, -2, i32::MAX] {
+        let message = refusal(&[with_ids(folder.path(), TOKEN_2, &[id])], &ImportOptions::default());
+        assert!(
+            message.contains("changed.pt: layer 0: row 2: physical expert")
+                && message.contains("there are 8"),
+            "{message}"
+        );
+    }
+}
+
+#[test]
+fn sglang_token_with_too_few_experts() {
+    let folder = tempfile::tempdir().unwrap();
+    let message = refusal(&[with_ids(folder.path(), TOKEN_2, &[-1])], &ImportOptions::default());
+    assert!(message.contains("layer 0: row 2 (record 0, token 2) has 1 experts, others have 2"), "{message}");
+}
+
+#[test]
+fn sglang_two_replicas_of_one_expert_in_a_row() {
+    let folder = tempfile::tempdir().unwrap();
+    // In layer 1 slots 0 and 6 both hold expert 3: different physical ids, the same expert twice.
+    let path = with_ids(folder.path(), TOKEN_2, &[0, 6]);
+    let message = refusal(&[path], &ImportOptions::default());
+    assert!(message.contains("changed.pt: layer 0: row 2: expert 3 appears twice"), "{message}");
+}

@@ -82,7 +82,8 @@ fn check_tables(path: &Path, json: &Value, rows: &[Vec<i64>], experts: usize) ->
         let wanted = inverse(&ids, experts);
         if let Some(table) = json.get("logcnt") {
             let counts: Vec<i64> = wanted.iter().map(|l| l.len() as i64).collect();
-            if !table.get(layer).is_some_and(|t| Ints::of(t).is_some_and(|c| c.0 == counts)) {
+            let own = table.get(layer).and_then(Ints::of);
+            if own.is_none_or(|own| own.0 != counts) {
                 return Err(bad("logcnt disagrees with phy2log".to_owned()));
             }
         }

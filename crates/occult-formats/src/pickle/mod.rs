@@ -1,7 +1,7 @@
 //! A data-only reader of Python pickles, `torch.save` archives and pickled numpy arrays.
 //!
 //! A pickle is a program for a small stack machine that may call any Python function. This reader executes nothing:
-//! names in the stream are compared with the short list of [`globals`], each of which stands for *data* (a tensor, an
+//! names in the stream are compared with the short list of `globals`, each of which stands for *data* (a tensor, an
 //! array, an ordered dict, bytes), and any other name is an error that quotes it.
 //!
 //! Memory is bounded by the input: no size that the stream claims is allocated before the bytes are there, objects and
