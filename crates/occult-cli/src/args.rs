@@ -23,17 +23,21 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  occult demo\n  occult demo --ranks 8 --out-dir demo8")]
     Demo(DemoArgs),
     /// Turn routing records or expert statistics of other engines into a routing profile
-    #[command(after_help = "Examples:\n  occult import routing.safetensors --experts 64 -o profile.safetensors\n  \
+    #[command(
+        after_help = "Examples:\n  occult import routing.safetensors --experts 64 -o profile.safetensors\n  \
                             occult import expert_distribution_recorder_*.pt -o profile.safetensors\n  \
-                            occult import trace/ --format gpt-oss-trace -o profile.safetensors")]
+                            occult import trace/ --format gpt-oss-trace -o profile.safetensors"
+    )]
     Import(ImportArgs),
     /// Measure a profile: copies per token, collaboration, load, connected sub-graphs
     #[command(after_help = "Examples:\n  occult stats profile.safetensors --ranks 8\n  \
                             occult stats profile.safetensors --ranks 8 --json")]
     Stats(StatsArgs),
     /// Measure a placement on a profile: rows and bytes per rank pair, load, predicted time
-    #[command(after_help = "Example:\n  occult traffic profile.safetensors placement.json --hidden 2048 --dtype bf16 \
-                            --cluster 8xa6000-pcie")]
+    #[command(
+        after_help = "Example:\n  occult traffic profile.safetensors placement.json --hidden 2048 --dtype bf16 \
+                            --cluster 8xa6000-pcie"
+    )]
     Traffic(TrafficArgs),
     /// Decide which rank holds which expert
     #[command(after_help = "Examples:\n  occult place profile.safetensors --ranks 4 -o placement.json\n  \
@@ -41,14 +45,18 @@ pub(crate) enum Command {
                             occult place profile.safetensors --ranks 8 --method greedy")]
     Place(PlaceArgs),
     /// Write a placement as an expert map of another engine, or as a checkpoint permutation
-    #[command(after_help = "Example:\n  occult export placement.json --format sglang -o expert_location.json")]
+    #[command(
+        after_help = "Example:\n  occult export placement.json --format sglang -o expert_location.json"
+    )]
     Export(ExportArgs),
     /// Say what a file is
     #[command(after_help = "Example:\n  occult inspect profile.safetensors")]
     Inspect(InspectArgs),
     /// Limit the ranks a token visits, and report what that keeps
-    #[command(after_help = "Examples:\n  occult prune profile.safetensors placement.json --max-ranks 2 --rule best-mass\n  \
-                            occult prune profile.safetensors placement.json --max-ranks 4 --keep-mass 0.9")]
+    #[command(
+        after_help = "Examples:\n  occult prune profile.safetensors placement.json --max-ranks 2 --rule best-mass\n  \
+                            occult prune profile.safetensors placement.json --max-ranks 4 --keep-mass 0.9"
+    )]
     Prune(PruneArgs),
     /// Compare placements and write one self-contained HTML page
     #[command(after_help = "Examples:\n  occult report profile.safetensors --ranks 8 -o report.html\n  \
@@ -370,7 +378,11 @@ mod tests {
         command.clone().debug_assert();
         for sub in command.get_subcommands() {
             let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
-            assert!(help.contains("occult ") && help.starts_with("Example"), "{} has no example", sub.get_name());
+            assert!(
+                help.contains("occult ") && help.starts_with("Example"),
+                "{} has no example",
+                sub.get_name()
+            );
         }
     }
 }

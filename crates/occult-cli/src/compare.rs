@@ -7,7 +7,7 @@ use occult_plan::graph::subgraph_curve;
 use occult_plan::placement::Method;
 use occult_plan::prune::best_mass_ranks_only;
 use occult_plan::{
-    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, PruneStats, Rule, RoutingBuf,
+    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, PruneStats, RoutingBuf, Rule,
     SimilarityAccumulator, Topology, prune,
 };
 
@@ -214,7 +214,11 @@ fn data(request: &Request<'_>, placer: &Placer, layers: &[LayerResult]) -> Resul
     let predictions = predictions(request, &names, layers, &mut warnings)?;
     Ok(report::ReportData {
         format: report::FORMAT.to_owned(),
-        title: request.title.map(str::to_owned).or_else(|| meta.model.clone()).unwrap_or("Routing profile".into()),
+        title: request
+            .title
+            .map(str::to_owned)
+            .or_else(|| meta.model.clone())
+            .unwrap_or("Routing profile".into()),
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         profile: report::Profile {
             model: meta.model.clone().unwrap_or_else(|| "unnamed model".to_owned()),
@@ -273,7 +277,9 @@ fn explanation(method: Method) -> &'static str {
     match method {
         Method::Contiguous => "Blocks of consecutive experts: what engines do by default.",
         Method::Random => "Equal random groups.",
-        Method::Greedy => "The paper's Algorithm 1: groups experts that are chosen together, looks at no load.",
+        Method::Greedy => {
+            "The paper's Algorithm 1: groups experts that are chosen together, looks at no load."
+        }
         Method::Eplb => "DeepSeek's load balancer: evens out load, looks at no collaboration.",
         Method::Search => "Fewest ranks per token on the recorded expert sets, under a hard cap on load.",
     }
@@ -423,7 +429,8 @@ fn predictions(
     layers: &[LayerResult],
     warnings: &mut Vec<String>,
 ) -> Result<Part<report::Prediction>> {
-    let shape = LayerShape::gated(request.shape.hidden, request.shape.ffn, setup::dtype_bytes(&request.shape.dtype)?);
+    let shape =
+        LayerShape::gated(request.shape.hidden, request.shape.ffn, setup::dtype_bytes(&request.shape.dtype)?);
     let ours = if request.topology.num_nodes() > 1 { Exchange::PerNode } else { Exchange::PerRank };
     let mut items = Vec::new();
     for name in request.clusters {
@@ -434,7 +441,10 @@ fn predictions(
                 continue;
             }
         };
-        let mut add = |method: &str, label: String, exchange: Exchange, traffic: &dyn Fn(&LayerResult) -> Option<LayerTraffic>| {
+        let mut add = |method: &str,
+                       label: String,
+                       exchange: Exchange,
+                       traffic: &dyn Fn(&LayerResult) -> Option<LayerTraffic>| {
             let steps: Option<Vec<LayerTraffic>> = layers.iter().map(traffic).collect();
             let Some(steps) = steps else { return Ok(()) };
             let steps: Vec<StepTime> = steps

@@ -123,7 +123,8 @@ pub(crate) fn mean_of(layers: &[LayerFigures], figure: fn(&TrafficSummary) -> f6
 
 /// A table of layers and their mean, the same columns for every command.
 pub(crate) fn table(layers: &[LayerFigures], several_nodes: bool) -> String {
-    let mut header = vec!["layer", "copies/token", "remote", "uniform", "optimum", "intra", "load max/mean", "balanced"];
+    let mut header =
+        vec!["layer", "copies/token", "remote", "uniform", "optimum", "intra", "load max/mean", "balanced"];
     if several_nodes {
         header.insert(3, "node copies");
     }
@@ -169,7 +170,9 @@ pub(crate) fn measure(
     };
     let mut meter = TrafficMeter::new(placement, topology, home_ranks(home, num_rows))?;
     profile.for_each_chunk(layer, Columns::IDS, CHUNK_ROWS, &mut |chunk| {
-        meter.add(&chunk.routing).map_err(|e| occult_formats::FormatError::plan(profile.path(), layer, chunk.first_row, e))
+        meter
+            .add(&chunk.routing)
+            .map_err(|e| occult_formats::FormatError::plan(profile.path(), layer, chunk.first_row, e))
     })?;
     let traffic = meter.finish().map_err(|e| e.in_layer(layer))?;
     Ok(LayerFigures::of_traffic(layer_id, traffic))

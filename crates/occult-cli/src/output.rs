@@ -25,9 +25,10 @@ impl Table {
         let widths: Vec<usize> = (0..columns).map(|c| width(c).unwrap_or(0)).collect();
         let mut text = String::new();
         for (i, row) in self.rows.iter().enumerate() {
-            let cells = row.iter().zip(&widths).enumerate().map(|(c, (cell, &w))| {
-                if c == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") }
-            });
+            let cells =
+                row.iter().zip(&widths).enumerate().map(|(c, (cell, &w))| {
+                    if c == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") }
+                });
             text.push_str(Vec::from_iter(cells).join("  ").trim_end());
             text.push('\n');
             if i == 0 {

@@ -99,7 +99,9 @@ impl Placer {
                 pairs.add(&rows.view()?);
                 done(greedy::place(&pairs, w)?)
             }
-            (Method::Greedy, LayerInput::Counts { coactivation: Some(pairs), .. }) => done(greedy::place(pairs, w)?),
+            (Method::Greedy, LayerInput::Counts { coactivation: Some(pairs), .. }) => {
+                done(greedy::place(pairs, w)?)
+            }
             (Method::Eplb, _) => {
                 let slots = (e + self.options.replicas).next_multiple_of(w);
                 let num_groups = self.options.num_groups.unwrap_or(1);

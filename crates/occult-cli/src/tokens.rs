@@ -25,7 +25,8 @@ impl Holdout {
 
     /// Whether a row of the file is held out: by a hash of its block and the seed (SplitMix64's finaliser).
     fn holds(&self, source_row: usize) -> bool {
-        let mut x = (source_row as u64 / BLOCK_ROWS).wrapping_add(self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut x =
+            (source_row as u64 / BLOCK_ROWS).wrapping_add(self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         ((x ^ (x >> 31)) >> 11) as f64 / (1u64 << 53) as f64 <= self.share && self.share > 0.0

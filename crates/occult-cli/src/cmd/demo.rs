@@ -20,7 +20,8 @@ const FILES: [(&str, &[u8]); 4] = [
     ("segments.csv", include_bytes!("../../data/gpt-oss-20b/segments.csv")),
     ("NOTICE", include_bytes!("../../data/gpt-oss-20b/NOTICE")),
 ];
-const NOTICE: &str = "Routing of gpt-oss-20b: an extract of AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting, Apache-2.0.";
+const NOTICE: &str =
+    "Routing of gpt-oss-20b: an extract of AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting, Apache-2.0.";
 /// gpt-oss-20b: hidden size and expert intermediate size (its config.json).
 const SHAPE: (usize, usize) = (2880, 2880);
 
@@ -118,7 +119,8 @@ fn summary(data: &ReportData, dir: &Path, report: &Path) -> String {
         s.ranks,
         p.tokens
     );
-    let mut table = Table::new(["", "devices a token visits", "copies sent", "busiest device", "step on 8xA6000"]);
+    let mut table =
+        Table::new(["", "devices a token visits", "copies sent", "busiest device", "step on 8xA6000"]);
     let step = |label: &str| {
         let first = data.predictions.items.first()?;
         let found = data.predictions.items.iter().find(|x| x.cluster == first.cluster && x.label == label);

@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result};
 use occult_formats::{Columns, PlacementFile, PlacementMeta, Profile};
-use occult_plan::placement::search::SearchOutcome;
 use occult_plan::placement::Method;
+use occult_plan::placement::search::SearchOutcome;
 use occult_plan::{LayerPlacement, Placement, Topology};
 use serde_json::{Value, json};
 
@@ -123,7 +123,9 @@ fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[Lay
     let relaxed: Vec<String> = results
         .iter()
         .filter(|r| r.search.as_ref().is_some_and(|s| s.load_max_over_mean > placer.options.load_cap + 1e-9))
-        .map(|r| format!("{} ({:.3})", r.figures.layer_id, r.search.as_ref().map_or(0.0, |s| s.load_max_over_mean)))
+        .map(|r| {
+            format!("{} ({:.3})", r.figures.layer_id, r.search.as_ref().map_or(0.0, |s| s.load_max_over_mean))
+        })
         .collect();
     if !relaxed.is_empty() {
         warnings.push(format!(
@@ -134,9 +136,12 @@ fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[Lay
     }
     let read = |r: &LayerResult| r.train_tokens > 0 && args.search.holdout == 0.0;
     if args.method == Method::Search && results.iter().any(read) {
-        warnings.push("measured on the rows it was made from: --holdout 0.5 tells how it does on others".to_owned());
+        warnings.push(
+            "measured on the rows it was made from: --holdout 0.5 tells how it does on others".to_owned(),
+        );
     }
-    warnings.extend(domains::disagreement(&profile.meta().domains, results.iter().map(|r| r.domains.as_slice())));
+    warnings
+        .extend(domains::disagreement(&profile.meta().domains, results.iter().map(|r| r.domains.as_slice())));
     warnings
 }
 

@@ -32,7 +32,8 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let layers = layers?;
     let ids = &profile.meta().layer_ids;
     if args.json {
-        let layers_json: Vec<_> = ids.iter().zip(&layers).map(|(&id, l)| figures_json(id.into(), l)).collect();
+        let layers_json: Vec<_> =
+            ids.iter().zip(&layers).map(|(&id, l)| figures_json(id.into(), l)).collect();
         return print_json(&json!({
             "profile": args.profile,
             "placement": args.placement,
@@ -45,7 +46,13 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         }));
     }
     let mut table = Table::new([
-        "layer", "copies before", "after", "retained mass", "replaced experts", "tokens changed", "load max/mean",
+        "layer",
+        "copies before",
+        "after",
+        "retained mass",
+        "replaced experts",
+        "tokens changed",
+        "load max/mean",
     ]);
     let named = ids.iter().map(u32::to_string).zip(layers.iter().copied());
     for (name, layer) in named.chain([("mean".to_owned(), mean(&layers))]) {
@@ -61,10 +68,17 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         ]);
     }
     let limit = match args.keep_mass {
-        Some(share) => format!("the fewest ranks, at most {}, that keep {share} of the routing mass", args.max_ranks),
+        Some(share) => {
+            format!("the fewest ranks, at most {}, that keep {share} of the routing mass", args.max_ranks)
+        }
         None => format!("at most {} ranks per token", args.max_ranks),
     };
-    print(&format!("Pruned by {} to {limit}, {} ranks:\n\n{}", args.rule.name(), topology.num_ranks(), table.render()))
+    print(&format!(
+        "Pruned by {} to {limit}, {} ranks:\n\n{}",
+        args.rule.name(),
+        topology.num_ranks(),
+        table.render()
+    ))
 }
 
 fn mean(layers: &[PrunedLayer]) -> PrunedLayer {

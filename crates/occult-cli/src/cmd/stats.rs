@@ -55,7 +55,11 @@ pub(super) fn run(args: &StatsArgs) -> Result<()> {
         meta.num_layers(),
         meta.num_experts,
         meta.top_k.map_or("?".to_owned(), |k| k.to_string()),
-        if meta.domains.is_empty() { String::new() } else { format!(", domains {}", meta.domains.join(", ")) },
+        if meta.domains.is_empty() {
+            String::new()
+        } else {
+            format!(", domains {}", meta.domains.join(", "))
+        },
     );
     text.push_str(&format!(
         "Experts in contiguous blocks on {} ranks ({} nodes):\n\n",

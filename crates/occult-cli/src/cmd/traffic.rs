@@ -34,7 +34,10 @@ pub(super) fn run(args: &TrafficArgs) -> Result<()> {
         let layers_json = layers.iter().map(|l| {
             let more = l.traffic.as_ref().map_or(json!({}), |t| traffic_json(t, &shape));
             let mut value = l.json(json!({ "layer": l.layer_id }))?;
-            value.as_object_mut().expect("figures are an object").extend(more.as_object().cloned().unwrap_or_default());
+            value
+                .as_object_mut()
+                .expect("figures are an object")
+                .extend(more.as_object().cloned().unwrap_or_default());
             Ok(value)
         });
         return print_json(&json!({
@@ -162,7 +165,8 @@ fn bytes_text(traffic: &[&LayerTraffic], shape: &LayerShape, args: &TrafficArgs)
 /// Rows per rank pair and 1,000 tokens, mean over layers.
 fn pairs_text(traffic: &[&LayerTraffic], topology: Topology) -> String {
     let w = topology.num_ranks();
-    let header: Vec<String> = std::iter::once("from\\to".to_owned()).chain((0..w).map(|r| r.to_string())).collect();
+    let header: Vec<String> =
+        std::iter::once("from\\to".to_owned()).chain((0..w).map(|r| r.to_string())).collect();
     let mut table = Table::new(header.iter().map(String::as_str));
     for from in 0..w {
         let cell = |to: usize| {
@@ -171,7 +175,10 @@ fn pairs_text(traffic: &[&LayerTraffic], topology: Topology) -> String {
         };
         table.row(std::iter::once(from.to_string()).chain((0..w).map(cell)));
     }
-    format!("\nRows from rank to rank per 1,000 tokens (mean of layers; the diagonal stays at home):\n\n{}", table.render())
+    format!(
+        "\nRows from rank to rank per 1,000 tokens (mean of layers; the diagonal stays at home):\n\n{}",
+        table.render()
+    )
 }
 
 fn predictions_text(

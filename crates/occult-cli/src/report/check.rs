@@ -112,8 +112,7 @@ impl ReportData {
         }
         for (i, row) in self.pruning.items.iter().enumerate() {
             known(&format!("pruning[{i}]"), &row.method, names)?;
-            let figures =
-                [row.copies_per_token, row.retained_mass, row.replaced_fraction];
+            let figures = [row.copies_per_token, row.retained_mass, row.replaced_fraction];
             finite(&format!("pruning[{i}]"), figures.into_iter().chain(row.load_max_over_mean))?;
         }
         for (i, p) in self.predictions.items.iter().enumerate() {

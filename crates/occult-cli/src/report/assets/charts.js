@@ -176,14 +176,14 @@ function pruningSection() {
           ...groups.map(([, group]) => Plot.lineY(group, { x: "copies_per_token", y: "retained_mass", stroke: colourOf.get(group[0].method), strokeDasharray: dashOf.get(keyOf(group[0])), strokeWidth: 1.8, curve: "monotone-x" })),
           Plot.dot(lines, { x: "copies_per_token", y: "retained_mass", fill: "method", symbol: keyOf, r: 4.5, stroke: "var(--paper)", strokeWidth: 0.8 }),
           few ? null : Plot.text(named, { x: "copies_per_token", y: "retained_mass", text: budget, dy: -8, dx: -7, textAnchor: "end", fill: "var(--ink-2)", fontSize: 11, ...HALO }),
-          Plot.tip(lines, Plot.pointer({ x: "copies_per_token", y: "retained_mass", title: (p) => `${label(p.method)}, ${p.rule}\nat most ${budget(p)}\n${fixed(p.copies_per_token)} copies per token\n${percent(p.retained_mass, 1)} of mass kept\n${percent(p.replaced_fraction, 1)} replaced\n${times(p.load_max_over_mean)} load` })),
+          Plot.tip(lines, Plot.pointer({ x: "copies_per_token", y: "retained_mass", title: (p) => `${label(p.method)}, ${p.rule}\nat most ${budget(p)}\n${fixed(p.copies_per_token)} copies per token\n${percent(p.retained_mass, 1)} of mass kept\n${percent(p.replaced_fraction, 1)} replaced${known(p.load_max_over_mean) ? `\n${times(p.load_max_over_mean)} load` : ""}` })),
         ],
       })];
     },
   });
   const table = el("div", { class: "scroll compact", tabindex: "0", role: "region", "aria-label": "Pruning figures" }, plainTable(
     ["Rule and placement", "Limit", "Copies per token", "Mass kept", "Experts replaced", "Max / mean load"],
-    rows.map((p) => [`${p.rule}, ${inline(label(p.method))}`, budget(p), fixed(p.copies_per_token), percent(p.retained_mass, 1), percent(p.replaced_fraction, 1), times(p.load_max_over_mean)])));
+    rows.map((p) => [`${p.rule}, ${inline(label(p.method))}`, budget(p), fixed(p.copies_per_token), percent(p.retained_mass, 1), percent(p.replaced_fraction, 1), known(p.load_max_over_mean) ? times(p.load_max_over_mean) : ABSENT])));
   return section("pruning", "Collaboration pruning", "Placement alone never changes the model. Pruning goes further: a token may visit only a few ranks, "
     + "and experts elsewhere are replaced by ones within reach. What it costs is the routing mass that is lost.", figure, table);
 }
