@@ -125,6 +125,15 @@ fn replicas_save_copies_and_let_a_hot_expert_fit() {
 }
 
 #[test]
+fn a_million_copies_are_not_worth_one_pair_above_the_cap() {
+    // {0, 1} and {2, 3} together would halve the copies, one (token, expert) pair above an exactly even load.
+    let ids = [0, 1, 2, 3];
+    let routing = Routing::new(4, 2, &ids).unwrap().with_occurrences(&[1_000_001, 1_000_000]).unwrap();
+    let found = search(&routing, 2, &SearchOptions { load_cap: 1.0, ..Default::default() });
+    assert_eq!((found.load_max_over_mean, found.copies_per_token), (1.0, 2.0));
+}
+
+#[test]
 fn routing_groups_stay_whole() {
     let ids = tokens(24, 4, 1_000, 9);
     let routing = Routing::new(24, 4, &ids).unwrap();

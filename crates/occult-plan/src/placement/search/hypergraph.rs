@@ -173,6 +173,11 @@ impl Hypergraph {
         self.load.iter().sum()
     }
 
+    /// Copies in all when no two experts of a token share a rank: no placement has more.
+    pub(super) fn most_copies(&self) -> i64 {
+        (0..self.num_sets()).map(|s| self.weight(s) * self.set(s).len() as i64).sum()
+    }
+
     /// Tokens in all.
     pub(super) fn num_tokens(&self) -> i64 {
         self.num_tokens

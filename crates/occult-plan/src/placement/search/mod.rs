@@ -24,7 +24,7 @@ use rand_core::SeedableRng;
 use rand_pcg::Pcg64Mcg;
 
 use crate::{LayerPlacement, PlanError, Rank, Result, Routing, Topology};
-use anneal::{FORBIDDEN, Schedule, anneal, descend, unit};
+use anneal::{Schedule, anneal, descend, unit};
 use hypergraph::Hypergraph;
 use state::{Costs, Limits, State};
 
@@ -163,6 +163,8 @@ struct Problem {
     costs: Costs,
     limits: Limits,
     mean_load: f64,
+    /// Price of a (token, expert) pair above the load limit that no saving of copies is worth.
+    forbidden: f64,
 }
 
 impl Problem {
@@ -193,7 +195,8 @@ impl Problem {
         };
         let mean_load = graph.total_load() as f64 / w as f64;
         let limits = Limits { max_load: 0, max_experts };
-        Ok(Self { topology, costs, limits, mean_load }.with_cap(options.load_cap))
+        let forbidden = 1.0 + graph.most_copies() as f64;
+        Ok(Self { topology, costs, limits, mean_load, forbidden }.with_cap(options.load_cap))
     }
 
     /// The same problem under another load cap (max/mean).
@@ -206,7 +209,7 @@ impl Problem {
     fn value(&self, rank_copies: i64, node_copies: i64, overload: i64) -> f64 {
         self.costs.rank * rank_copies as f64
             + self.costs.node * node_copies as f64
-            + FORBIDDEN * overload as f64
+            + self.forbidden * overload as f64
     }
 
     /// Limits of a node, its load limit scaled by `slack`.
@@ -247,7 +250,7 @@ fn best_of_restarts(
             _ => anneal_sample(graph, problem, &balanced, proposals, &mut rng, keep_going),
         };
         let mut state = State::new(graph, problem.topology, problem.costs, problem.limits, &start);
-        descend(&mut state);
+        descend(&mut state, problem.forbidden);
         restart_copies
             .push(replicate::rank_copies(graph, &state.expert_ranks(), w) / graph.num_tokens() as f64);
         let (overload, cost) = (state.overload(), state.cost());
@@ -263,7 +266,7 @@ fn best_of_restarts(
         return ranks;
     }
     let mut state = State::new(graph, problem.topology, problem.costs, problem.limits, &balanced);
-    descend(&mut state);
+    descend(&mut state, problem.forbidden);
     if state.overload() < overload { state.expert_ranks() } else { ranks }
 }
 
@@ -293,7 +296,7 @@ fn anneal_sample(
         let start = spread(&sample, nodes, limits.max_experts, None);
         let mut state = State::new(&sample, nodes, Costs { rank: 1.0, node: 0.0 }, limits, &start);
         anneal(&mut state, rng, schedule(1.0), keep_going);
-        descend(&mut state);
+        descend(&mut state, problem.forbidden);
         (spread(&sample, problem.topology, problem.limits.max_experts, Some(&state.expert_ranks())), 0.5)
     } else {
         (balanced.to_vec(), 1.0)

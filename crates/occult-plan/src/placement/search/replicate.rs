@@ -1,7 +1,7 @@
 //! Replicas under a budget, and the simulation that tells what a placement with replicas costs.
 
+use super::Problem;
 use super::hypergraph::Hypergraph;
-use super::{FORBIDDEN, Problem};
 use crate::{ExpertId, LayerPlacement, Rank, ReplicaChooser, Result};
 
 /// Candidates that are simulated for each replica.
@@ -120,7 +120,7 @@ fn candidates(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement)
             let over = (load[usize::from(from)] - max_load).max(0);
             over.min(served[expert * w + usize::from(from)] / 2).min((max_load - load[to]).max(0))
         });
-        let score = gain + FORBIDDEN * relief.max().unwrap_or(0) as f64;
+        let score = gain + problem.forbidden * relief.max().unwrap_or(0) as f64;
         if score > 0.0 {
             order.push((score, i));
         }
