@@ -11,7 +11,7 @@ use occult_plan::{CoActivation, LayerPlacement, PlanError, RoutingBuf, Topology,
 use crate::args::SearchArgs;
 
 /// Default cap on max/mean load. A layer whose hottest expert alone is above it gets the least cap found instead.
-pub(crate) const DEFAULT_LOAD_CAP: f64 = 1.25;
+pub(crate) const DEFAULT_LOAD_CAP: f64 = 1.1;
 
 /// What a placement of one layer is made from.
 pub(crate) enum LayerInput<'a> {
