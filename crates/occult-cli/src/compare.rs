@@ -209,6 +209,11 @@ fn data(request: &Request<'_>, placer: &Placer, layers: &[LayerResult]) -> Resul
     }
     if request.search.holdout == 0.0 {
         warnings.push("Placements were measured on the rows they were made from.".to_owned());
+    } else {
+        warnings.push(format!(
+            "The load cap of {} holds on the rows that the search saw; these figures are of other rows.",
+            placer.options.load_cap
+        ));
     }
     let max = |f: fn(&LayerResult) -> u64| layers.iter().map(f).max().unwrap_or(0);
     let predictions = predictions(request, &names, layers, &mut warnings)?;
@@ -281,7 +286,7 @@ fn explanation(method: Method) -> &'static str {
             "The paper's Algorithm 1: groups experts that are chosen together, looks at no load."
         }
         Method::Eplb => "DeepSeek's load balancer: evens out load, looks at no collaboration.",
-        Method::Search => "Fewest ranks per token on the recorded expert sets, under a hard cap on load.",
+        Method::Search => "Fewest ranks per token on the recorded expert sets, under a cap on load.",
     }
 }
 

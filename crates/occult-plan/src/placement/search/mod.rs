@@ -194,7 +194,7 @@ impl Problem {
             Costs { rank: 1.0, node: 0.0 }
         };
         let mean_load = graph.total_load() as f64 / w as f64;
-        let limits = Limits { max_load: 0, max_experts };
+        let limits = Limits { max_load: 0, max_experts, min_experts: 1 };
         let forbidden = 1.0 + graph.most_copies() as f64;
         Ok(Self { topology, costs, limits, mean_load, forbidden }.with_cap(options.load_cap))
     }
@@ -218,6 +218,7 @@ impl Problem {
         Limits {
             max_load: libm::floor(self.limits.max_load as f64 * ranks as f64 * slack) as i64,
             max_experts: self.limits.max_experts.saturating_mul(ranks),
+            min_experts: self.limits.min_experts * ranks,
         }
     }
 
