@@ -158,6 +158,11 @@ impl Hypergraph {
         self.weights[s]
     }
 
+    /// Every set with the tokens that chose it.
+    pub(super) fn sets(&self) -> impl Iterator<Item = (&[ExpertId], i64)> {
+        (0..self.num_sets()).map(|s| (self.set(s), self.weight(s)))
+    }
+
     /// Sets that an expert is in.
     pub(super) fn sets_of(&self, expert: usize) -> &[u32] {
         &self.sets_of[self.set_offsets[expert] as usize..self.set_offsets[expert + 1] as usize]

@@ -105,7 +105,7 @@ pub fn place(
     let mut restart_copies = Vec::new();
     let (placement, outcome) = if options.replicas == 0 {
         let placement = without_replicas(&graph, &problem, options, keep_going, &mut restart_copies)?;
-        let outcome = replicate::simulate(&graph, &problem, &placement);
+        let outcome = replicate::simulate(routing, &problem, &placement);
         (placement, outcome)
     } else {
         // Where the cap is used up to the last token no replica fits, so a more even base competes too; and so does one
@@ -118,9 +118,7 @@ pub fn place(
         let mut found = Vec::new();
         for (graph_of_base, base) in bases {
             let placement = without_replicas(graph_of_base, &base, options, keep_going, &mut restart_copies)?;
-            let placement = replicate::add_replicas(&graph, &problem, placement, options.replicas)?;
-            let outcome = replicate::simulate(&graph, &problem, &placement);
-            found.push((placement, outcome));
+            found.push(replicate::add_replicas(&graph, routing, &problem, placement, options.replicas)?);
         }
         let value = |o: &replicate::Simulated| problem.value(o.rank_copies, o.node_copies, o.overload);
         found.into_iter().min_by(|a, b| value(&a.1).total_cmp(&value(&b.1))).expect("three candidates")
