@@ -150,8 +150,12 @@ fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[Lay
             "measured on the rows it was made from: --holdout 0.5 tells how it does on others".to_owned(),
         );
     }
-    warnings
-        .extend(domains::disagreement(&profile.meta().domains, results.iter().map(|r| r.domains.as_slice())));
+    let layers: Vec<LayerFigures> = results.iter().map(|r| r.figures.clone()).collect();
+    if let Some(copies) = measuring::mean_of(&layers, |s| s.copies_per_token) {
+        let of_layers = results.iter().map(|r| r.domains.as_slice());
+        let all = (copies, measuring::mean_load(&layers));
+        warnings.extend(domains::disagreement(&profile.meta().domains, of_layers, all));
+    }
     warnings
 }
 
