@@ -144,6 +144,23 @@ fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[Lay
             relaxed.join(", ")
         ));
     }
+    let rows = (0..profile.num_layers()).filter_map(|l| profile.num_rows(l)).max().unwrap_or(0);
+    if rows > args.search.max_tokens {
+        warnings.push(format!(
+            "{} of up to {rows} rows per layer were used, evenly spaced: --max-tokens reads more",
+            args.search.max_tokens
+        ));
+    }
+    let experts = profile.meta().num_experts;
+    let added = |r: &LayerResult| r.placement.num_slots() - experts;
+    if let (Method::Search, Some(least)) = (args.method, results.iter().map(added).min())
+        && least < args.search.replicas
+    {
+        warnings.push(format!(
+            "some layers got only {least} of {} replicas: no further one was found to help under the load cap",
+            args.search.replicas
+        ));
+    }
     let read = |r: &LayerResult| r.train_tokens > 0 && args.search.holdout == 0.0;
     if args.method == Method::Search && results.iter().any(read) {
         warnings.push(
