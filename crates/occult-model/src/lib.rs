@@ -1,1 +1,34 @@
-//! m
+//! Mixture-of-Experts language models: released checkpoints in, the same logits out, routing recorded.
+//!
+//! - [`ModelFiles::open`] reads a Hugging Face directory (headers only), [`ModelFiles::load`] makes a [`Decoder`].
+//! - [`Decoder::forward`] runs a [`Batch`], with or without a [`KvCache`], and shows a [`RoutingObserver`] what the
+//!   routers decided.
+//! - [`MoeLayer`] is the seam for other ways to compute the routed experts; [`LocalExperts`] is the plain exact one.
+//!
+//! Letters: `B` sequences, `T` positions of a batch, `S` positions with those before, `D` hidden size, `E` experts,
+//! `K` top_k, `F` width of an expert, `V` vocabulary.
+//!
+//! Activations and arithmetic are f32 on CPU; weights stay in the format they are stored in.
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod batch;
+mod decoder;
+pub mod error;
+pub mod hf;
+mod kv_cache;
+mod layers;
+mod load;
+mod mask;
+mod moe;
+pub mod spec;
+mod weight;
+
+pub use batch::Batch;
+pub use decoder::{Decoder, Logits};
+pub use error::{ModelError, Result};
+pub use kv_cache::KvCache;
+pub use layers::{Linear, Mlp};
+pub use load::{LoadOptions, ModelFiles};
+pub use moe::{ExpertWeights, LocalExperts, MoeLayer, Router, RoutingObserver, RoutingRecord};
+pub use spec::{Family, ModelSpec};
+pub use weight::{StoredDtype, Values, Weight};
