@@ -35,6 +35,14 @@ impl StoredDtype {
         }
     }
 
+    pub(crate) fn safetensors(self) -> safetensors::Dtype {
+        match self {
+            StoredDtype::F32 => safetensors::Dtype::F32,
+            StoredDtype::Bf16 => safetensors::Dtype::BF16,
+            StoredDtype::F16 => safetensors::Dtype::F16,
+        }
+    }
+
     pub(crate) fn from_safetensors(dtype: safetensors::Dtype) -> Option<Self> {
         match dtype {
             safetensors::Dtype::F32 => Some(StoredDtype::F32),
@@ -186,6 +194,16 @@ impl Weight {
             return None;
         }
         let start = self.start + (index * rows + from) * cols * self.dtype.bytes();
+        Some(Self { start, shape: vec![to - from, cols], ..self.clone() })
+    }
+
+    /// Rows `from..to` of a matrix.
+    pub(crate) fn rows(&self, from: usize, to: usize) -> Option<Self> {
+        let [rows, cols] = self.shape[..] else { return None };
+        if from > to || to > rows {
+            return None;
+        }
+        let start = self.start + from * cols * self.dtype.bytes();
         Some(Self { start, shape: vec![to - from, cols], ..self.clone() })
     }
 

@@ -115,6 +115,10 @@ impl Checkpoint {
         self.tensors.iter().map(|(n, &s)| self.shards[s].tensors.get(n).map_or(0, |t| (t.to - t.from) as u64)).sum()
     }
 
+    pub(crate) fn shard_of(&self, name: &str) -> Option<usize> {
+        self.tensors.get(name).copied()
+    }
+
     pub(crate) fn span(&self, name: &str) -> Option<(&Shard, &Span)> {
         let shard = &self.shards[*self.tensors.get(name)?];
         Some((shard, shard.tensors.get(name)?))

@@ -30,10 +30,6 @@ impl Keys {
         Ok(Self { file: path.to_path_buf(), prefix: String::new(), map: read_json(path)? })
     }
 
-    pub(crate) fn file(&self) -> &Path {
-        &self.file
-    }
-
     /// A value that is there and not null.
     pub(crate) fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|v| !v.is_null())

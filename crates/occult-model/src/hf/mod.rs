@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod config;
+mod generation;
 mod keys;
 mod names;
 mod rope;
@@ -12,5 +13,5 @@ pub use checkpoint::Checkpoint;
 pub(crate) use checkpoint::{INDEX, SINGLE, read_json};
 pub(crate) use config::CONFIG;
 pub use config::read_spec;
-pub(crate) use keys::Keys;
+pub use generation::GenerationDefaults;
 pub use names::{ExpertLayout, Matrix, Names, Role, TensorInfo};

@@ -1,4 +1,5 @@
 //! The tiny checkpoints in `fixtures/` and what transformers computes from them.
+#![allow(unreachable_pub, reason = "a module of several test programs")]
 #![allow(dead_code, reason = "every test file uses a part")]
 
 use std::collections::HashMap;
