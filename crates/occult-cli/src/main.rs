@@ -1,2 +1,5 @@
 //! The `occult` command.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    occult_cli::main()
+}

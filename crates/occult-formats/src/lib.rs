@@ -1,6 +1,8 @@
 //! Every file that Occult reads or writes: routing profiles, placements, and the formats of other engines.
 //!
 //! - [`Profile`] and [`ProfileWriter`]: the routing profile, one safetensors file, written and read as a stream.
+//! - [`PlacementFile`]: the placement, JSON; [`export()`] and [`import_placement`]: expert maps of other engines.
+//! - [`describe`]: what a file is. [`pickle`]: pickles and `.pt` files as data.
 //! - [`import()`]: routing records and expert statistics of other engines, into a profile.
 //! - [`cluster`]: links and compute for the cost model, with presets.
 //!
@@ -12,14 +14,21 @@
 mod array;
 pub mod cluster;
 pub mod error;
+pub mod export;
 pub mod import;
+pub mod inspect;
 mod io;
 mod npy;
+pub mod pickle;
+pub mod placement_file;
 pub mod profile;
 mod tensors;
 
 pub use error::{FormatError, Result};
+pub use export::{ExportFormat, ExportOptions, Exported, MapOptions, export, import_placement};
 pub use import::{ImportFormat, ImportOptions, ImportSummary, detect, import};
+pub use inspect::{Description, FileKind, describe};
+pub use placement_file::{PlacementFile, PlacementMeta, write_atomic};
 pub use profile::{
     Chunk, Columns, LayerRows, Profile, ProfileMeta, ProfileWriter, RouterInfo, Scoring, Source,
 };

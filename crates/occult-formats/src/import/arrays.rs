@@ -61,7 +61,7 @@ pub(super) fn read(
     let mut total_bytes = 0_u64;
     for path in inputs {
         let arrays = open(path)?;
-        let shape = shape(path, &arrays)?;
+        let shape = shape(&arrays)?;
         total_bytes = total_bytes.saturating_add(shape.tokens as u64 * shape.token_bytes as u64);
         match &first {
             None => first = Some((shape, arrays.about, path)),
@@ -112,7 +112,7 @@ pub(super) fn read(
 }
 
 /// Checks the shapes of one file's arrays against each other.
-fn shape(path: &Path, arrays: &TokenArrays) -> Result<Shape> {
+fn shape(arrays: &TokenArrays) -> Result<Shape> {
     let ids = &arrays.expert_ids;
     if !ids.dtype.is_integer() {
         return Err(ids.bad(format!("has element type {:?}, expected an integer type", ids.dtype)));
@@ -179,7 +179,6 @@ fn shape(path: &Path, arrays: &TokenArrays) -> Result<Shape> {
         }
         token_bytes += domains.dtype.size();
     }
-    let _ = path;
     Ok(Shape {
         tokens,
         layers,
@@ -259,7 +258,7 @@ fn stream(
     progress: (&mut u64, u64),
     sink: &mut Sink<'_>,
 ) -> Result<()> {
-    let shape = shape(path, &arrays)?;
+    let shape = shape(&arrays)?;
     let (layers, k) = (shape.layers, shape.top_k);
     let block = (BLOCK_BYTES / shape.token_bytes.max(1)).clamp(1, 16384);
     let (mut raw, mut weights, mut logits, mut raw_domains) = (vec![], vec![], vec![], vec![]);

@@ -171,7 +171,9 @@ fn contains(path: &Path, text: &[u8]) -> Result<bool> {
 }
 
 fn detect_text(prefix: &[u8]) -> Option<ImportFormat> {
-    let text = std::str::from_utf8(prefix.split(|&b| b == b'\n').next()?).ok()?.trim();
+    let mut lines = prefix.split(|&b| b == b'\n').map(<[u8]>::trim_ascii);
+    let first = lines.find(|line| !line.is_empty() && !line.starts_with(b"#"))?;
+    let text = std::str::from_utf8(first).ok()?;
     if text == count_csv::HEADER {
         return Some(ImportFormat::SglangCsv);
     }

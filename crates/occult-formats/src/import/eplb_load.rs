@@ -54,10 +54,23 @@ pub(crate) fn read(inputs: &[PathBuf], options: &ImportOptions, sink: &mut Sink<
     if inputs.len() > 1 {
         sink.note("the loads of all files were added up");
     }
+    // Engines that keep a row for every hidden layer leave dense layers at zero.
+    let loaded = |row: &[f64]| row.iter().any(|&v| v > 0.0);
+    let layer_ids: Vec<u32> =
+        (0..table.len() as u32).zip(&table).filter(|(_, row)| loaded(row)).map(|(l, _)| l).collect();
+    if layer_ids.is_empty() {
+        return Err(FormatError::bad(first, "", "all loads are zero"));
+    }
+    let dense = layer_ids.len() < table.len();
+    if dense {
+        let dropped = table.len() - layer_ids.len();
+        sink.warn(format!("{dropped} layers without any load were left out (dense layers?)"));
+    }
     sink.begin(Layout {
         num_experts: table.first().map_or(0, Vec::len),
         top_k: options.top_k,
-        layer_ids: (0..table.len() as u32).collect(),
+        layer_ids,
+        num_hidden_layers: dense.then_some(table.len() as u32),
         ..Layout::default()
     })?;
     // Counts are whole; loads that are estimates may not be.
@@ -66,7 +79,7 @@ pub(crate) fn read(inputs: &[PathBuf], options: &ImportOptions, sink: &mut Sink<
     if !whole {
         sink.warn("loads are fractions: they were multiplied by 1,000,000 and rounded");
     }
-    for (layer, row) in table.iter().enumerate() {
+    for (layer, row) in table.iter().filter(|row| loaded(row)).enumerate() {
         let counts = row.iter().map(|v| (v * scale).round() as u64).collect();
         sink.set_counts(first, layer, counts, None)?;
     }

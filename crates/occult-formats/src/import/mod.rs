@@ -1,11 +1,12 @@
 //! Routing records and expert statistics of other engines, into a routing profile.
 //!
 //! Every format is one file here with one function `read(inputs, options, sink)`: it looks at its inputs, calls
-//! [`Sink::begin`] once it knows the layout, and then appends rows chunk by chunk (or sets counts). Several inputs of
+//! `Sink::begin` once it knows the layout, and then appends rows chunk by chunk (or sets counts). Several inputs of
 //! one kind are concatenated, rows after rows.
 
 mod arrays;
 mod c2r_json;
+mod c2r_pickle;
 mod count_csv;
 mod detect;
 mod eplb_load;
@@ -19,6 +20,8 @@ mod megatron_trace;
 mod npz;
 mod safetensors;
 mod set_csv;
+mod sglang;
+mod sglang_http;
 mod sink;
 mod tensorrt_llm;
 mod vllm;
@@ -127,13 +130,13 @@ fn read(
         ImportFormat::Safetensors => safetensors::read(inputs, options, sink),
         ImportFormat::Npz => npz::read(inputs, options, sink),
         ImportFormat::VllmRouted => vllm::read(inputs, options, sink),
-        ImportFormat::SglangRecorder => Err(not_yet(format, inputs)),
-        ImportFormat::SglangHttp => Err(not_yet(format, inputs)),
+        ImportFormat::SglangRecorder => sglang::read(inputs, options, sink),
+        ImportFormat::SglangHttp => sglang_http::read(inputs, options, sink),
         ImportFormat::SglangCsv => count_csv::read(inputs, options, sink),
         ImportFormat::MegatronTrace => megatron_trace::read(inputs, options, sink),
         ImportFormat::MegatronCounts => megatron_counts::read(inputs, options, sink),
         ImportFormat::TensorrtLlm => tensorrt_llm::read(inputs, options, sink),
-        ImportFormat::C2rPickle => Err(not_yet(format, inputs)),
+        ImportFormat::C2rPickle => c2r_pickle::read(inputs, options, sink),
         ImportFormat::C2rJson => c2r_json::read(inputs, options, sink),
         ImportFormat::EplbLoad => eplb_load::read(inputs, options, sink),
         ImportFormat::GptOssTrace => gpt_oss_trace::read(inputs, options, sink),
@@ -142,10 +145,4 @@ fn read(
         ImportFormat::ExpertCountsJson => expert_counts::read(inputs, options, sink),
         ImportFormat::Mbolt => mbolt::read(inputs, options, sink),
     }
-}
-
-/// A format that is known but has no reader.
-fn not_yet(format: ImportFormat, inputs: &[PathBuf]) -> FormatError {
-    let file = inputs.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
-    FormatError::bad(file, "", format!("is {format}, a format that cannot be read yet"))
 }

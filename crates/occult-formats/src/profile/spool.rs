@@ -79,7 +79,7 @@ mod tests {
     fn interleaved_tracks_come_back_whole() {
         let mut spool = Spool::new(tempfile::tempfile().unwrap());
         let mut tracks = [Track::default(), Track::default()];
-        let mut expected = [Vec::new(), Vec::new()];
+        let mut expected: [Vec<u8>; 2] = [Vec::new(), Vec::new()];
         for i in 0..300_u32 {
             let t = (i % 3 == 0) as usize;
             let piece = vec![i as u8; 1 + (i as usize * 37) % 2000];

@@ -15,6 +15,7 @@
 //! router had masked; `similarity` and `best-mass` keep every reachable expert the router chose.
 
 mod rank_set;
+mod ranks_only;
 mod router_rule;
 mod rules;
 mod stats;
@@ -24,6 +25,7 @@ use crate::{
     LayerPlacement, PlanError, Result, Routing, RoutingBuf, SimilarityTable, Topology,
     dispatch_plan::check_placement,
 };
+pub use ranks_only::best_mass_ranks_only;
 pub use router_rule::{RouterRule, Scoring};
 pub use stats::PruneStats;
 use token::Pruner;

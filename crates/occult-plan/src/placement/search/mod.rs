@@ -46,7 +46,7 @@ pub struct SearchOptions {
     /// Consecutive equal blocks of experts that must stay whole (group-limited routers), when the checkpoint itself is to
     /// be permuted.
     pub num_groups: Option<usize>,
-    /// Annealing runs; `None`: 8, fewer for large layers.
+    /// Annealing runs; `None`: 24, down to 2 for large layers.
     pub restarts: Option<usize>,
     /// Seed of the search: same input and seed, same placement.
     pub seed: u64,
@@ -192,7 +192,7 @@ impl Problem {
             Costs { rank: 1.0, node: 0.0 }
         };
         let mean_load = graph.total_load() as f64 / w as f64;
-        let limits = Limits { max_load: 0, max_experts };
+        let limits = Limits { max_load: 0, max_experts, min_experts: 1 };
         Ok(Self { topology, costs, limits, mean_load }.with_cap(options.load_cap))
     }
 
@@ -215,6 +215,7 @@ impl Problem {
         Limits {
             max_load: libm::floor(self.limits.max_load as f64 * ranks as f64 * slack) as i64,
             max_experts: self.limits.max_experts.saturating_mul(ranks),
+            min_experts: self.limits.min_experts * ranks,
         }
     }
 
@@ -236,7 +237,7 @@ fn best_of_restarts(
     let (e, w) = (graph.num_experts(), problem.topology.num_ranks());
     let changes = (e * e / 2 + e * w) as u64;
     let proposals = (60 * changes).clamp(20_000, 500_000);
-    let restarts = options.restarts.unwrap_or((1_000_000 / proposals).clamp(1, 8) as usize).max(1);
+    let restarts = options.restarts.unwrap_or((60_000 / changes).clamp(2, 24) as usize).max(1);
     // The balanced start is a candidate too: it is feasible where annealing, in a tight corner, may not be.
     let balanced = spread(graph, problem.topology, problem.limits.max_experts, None);
     let mut best: Option<(i64, f64, Vec<Rank>)> = None;

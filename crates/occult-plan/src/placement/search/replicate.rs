@@ -18,7 +18,7 @@ pub(super) struct Simulated {
 
 /// Runs every set through the placement, in order.
 pub(super) fn simulate(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement) -> Simulated {
-    run(graph, problem, placement, &mut |_, _, _| {})
+    run(graph, problem, placement, |_, _, _| {})
 }
 
 /// Ranks visited, summed over tokens, without replicas.
@@ -80,7 +80,7 @@ fn candidates(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement)
     let mut served = vec![0i64; e * w];
     let mut on_rank = vec![0u32; w];
     let mut on_node = vec![0u32; topology.num_nodes()];
-    run(graph, problem, placement, &mut |set, ranks, weight| {
+    run(graph, problem, placement, |set, ranks, weight| {
         for &r in ranks {
             on_rank[usize::from(r)] += 1;
             on_node[topology.node_of(r)] += 1;
@@ -134,7 +134,7 @@ fn run(
     graph: &Hypergraph,
     problem: &Problem,
     placement: &LayerPlacement,
-    each: &mut dyn FnMut(&[ExpertId], &[Rank], i64),
+    mut each: impl FnMut(&[ExpertId], &[Rank], i64),
 ) -> Simulated {
     let topology = problem.topology;
     let mut chooser = ReplicaChooser::new(placement, topology);

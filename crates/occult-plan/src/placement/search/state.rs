@@ -11,6 +11,8 @@ pub(super) struct Limits {
     pub(super) max_load: i64,
     /// Most experts on a rank. Never broken.
     pub(super) max_experts: usize,
+    /// Fewest experts on a rank: no change takes one away below it.
+    pub(super) min_experts: usize,
 }
 
 /// What a copy costs at each level.
@@ -94,13 +96,15 @@ impl<'h> State<'h> {
     }
 
     /// Change of the cost, with `price` for every (token, expert) pair above the load limit; `None` where the change does
-    /// nothing or puts too many experts on a rank.
+    /// nothing or leaves a rank with too many experts or too few.
     #[inline]
     pub(super) fn delta(&self, change: Change, price: f64) -> Option<f64> {
         match change {
             Change::Move { expert, to } => {
                 let from = self.rank_of(expert);
-                if from == to || self.rank_experts[to] >= self.limits.max_experts {
+                let full = self.rank_experts[to] >= self.limits.max_experts;
+                let last = self.rank_experts[from] <= self.limits.min_experts;
+                if from == to || full || last {
                     return None;
                 }
                 let mut delta = self.costs.rank * self.ranks.move_delta(expert, to) as f64
@@ -216,7 +220,7 @@ mod tests {
             let graph = Hypergraph::new(&routing).unwrap();
             let topology = Topology::new(6, 3).unwrap();
             let costs = Costs { rank: 0.25, node: 0.75 };
-            let limits = Limits { max_load: graph.total_load() / 5, max_experts: 4 };
+            let limits = Limits { max_load: graph.total_load() / 5, max_experts: 4, min_experts: 1 };
             let mut state = State::new(&graph, topology, costs, limits, &start);
             for (is_swap, a, b) in changes {
                 let change =

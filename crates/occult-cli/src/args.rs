@@ -1,0 +1,388 @@
+//! The command line: names, defaults and help. What the arguments mean is decided in [`crate::setup`] and the commands.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use occult_formats::{ExportFormat, ImportFormat};
+use occult_plan::placement::Method;
+
+use crate::exit;
+
+/// Makes expert-parallel Mixture-of-Experts models faster by keeping experts that work together on one device.
+#[derive(Debug, Parser)]
+#[command(name = "occult", version, after_help = exit::HELP, max_term_width = 110)]
+#[command(arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the whole pipeline on bundled real routing: import, compare placements, prune, report
+    #[command(after_help = "Example:\n  occult demo\n  occult demo --ranks 8 --out-dir demo8")]
+    Demo(DemoArgs),
+    /// Turn routing records or expert statistics of other engines into a routing profile
+    #[command(
+        after_help = "Examples:\n  occult import routing.safetensors --experts 64 -o profile.safetensors\n  \
+                            occult import expert_distribution_recorder_*.pt -o profile.safetensors\n  \
+                            occult import trace/ --format gpt-oss-trace -o profile.safetensors"
+    )]
+    Import(ImportArgs),
+    /// Measure a profile: copies per token, collaboration, load, connected sub-graphs
+    #[command(after_help = "Examples:\n  occult stats profile.safetensors --ranks 8\n  \
+                            occult stats profile.safetensors --ranks 8 --json")]
+    Stats(StatsArgs),
+    /// Measure a placement on a profile: rows and bytes per rank pair, load, predicted time
+    #[command(
+        after_help = "Example:\n  occult traffic profile.safetensors placement.json --hidden 2048 --dtype bf16 \
+                            --cluster 8xa6000-pcie"
+    )]
+    Traffic(TrafficArgs),
+    /// Decide which rank holds which expert
+    #[command(after_help = "Examples:\n  occult place profile.safetensors --ranks 4 -o placement.json\n  \
+                            occult place profile.safetensors --ranks 64 --nodes 8 --holdout 0.5 --explain\n  \
+                            occult place profile.safetensors --ranks 8 --method greedy")]
+    Place(PlaceArgs),
+    /// Write a placement as an expert map of another engine, or as a checkpoint permutation
+    #[command(
+        after_help = "Example:\n  occult export placement.json --format sglang -o expert_location.json"
+    )]
+    Export(ExportArgs),
+    /// Say what a file is
+    #[command(after_help = "Example:\n  occult inspect profile.safetensors")]
+    Inspect(InspectArgs),
+    /// Limit the ranks a token visits, and report what that keeps
+    #[command(
+        after_help = "Examples:\n  occult prune profile.safetensors placement.json --max-ranks 2 --rule best-mass\n  \
+                            occult prune profile.safetensors placement.json --max-ranks 4 --keep-mass 0.9"
+    )]
+    Prune(PruneArgs),
+    /// Compare placements and write one self-contained HTML page
+    #[command(after_help = "Examples:\n  occult report profile.safetensors --ranks 8 -o report.html\n  \
+                            occult report profile.safetensors mine.json other.json --ranks 8 -o report.html")]
+    Report(ReportArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TopologyArgs {
+    /// Ranks (devices) that share the experts
+    #[arg(long, default_value_t = 4, value_name = "N")]
+    pub(crate) ranks: usize,
+    /// Nodes (hosts) that the ranks are on, equally many on each
+    #[arg(long, default_value_t = 1, value_name = "M")]
+    pub(crate) nodes: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ShapeArgs {
+    /// Width of a token row
+    #[arg(long, default_value_t = 2048, value_name = "D")]
+    pub(crate) hidden: usize,
+    /// Intermediate size of one expert
+    #[arg(long, default_value_t = 1024, value_name = "F")]
+    pub(crate) ffn: usize,
+    /// Element type of rows and weights: f32, bf16, f16, fp8 or int8
+    #[arg(long, default_value = "bf16")]
+    pub(crate) dtype: String,
+    /// Tokens of the step that times are predicted for, over all ranks
+    #[arg(long, default_value_t = 16384, value_name = "T")]
+    pub(crate) step_tokens: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ClusterArgs {
+    /// Cluster to predict times for: 8xa6000-pcie, 8xh100-nvlink, 16x8xh100-400g, or a TOML file
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) cluster: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SearchArgs {
+    /// Hard cap on max/mean load [default: 1.1, or what the hottest expert of a layer needs]
+    #[arg(long, value_name = "X")]
+    pub(crate) load_cap: Option<f64>,
+    /// Extra expert slots per layer for replicas, all ranks together
+    #[arg(long, default_value_t = 0, value_name = "SLOTS")]
+    pub(crate) replicas: usize,
+    /// The same number of experts on every rank (what engines' expert maps and checkpoint permutations need)
+    #[arg(long)]
+    pub(crate) equal: bool,
+    /// Most experts (with replicas) on a rank
+    #[arg(long, value_name = "N", conflicts_with = "equal")]
+    pub(crate) max_experts_per_rank: Option<usize>,
+    /// Keep the routing groups of a group-limited router whole, for a checkpoint permutation [number of groups]
+    #[arg(long, value_name = "GROUPS")]
+    pub(crate) keep_groups: Option<usize>,
+    /// Cost of a rank that a token visits [default: 1, or from --cluster]
+    #[arg(long, value_name = "COST")]
+    pub(crate) rank_cost: Option<f64>,
+    /// Cost of a node that a token visits [default: 8, or from --cluster]
+    #[arg(long, value_name = "COST")]
+    pub(crate) node_cost: Option<f64>,
+    /// Search this many seconds in all instead of a fixed amount of work (the result then depends on the machine)
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) time_limit: Option<f64>,
+    /// Annealing runs per layer [default: 24, down to 2 for large layers]
+    #[arg(long, value_name = "N")]
+    pub(crate) restarts: Option<usize>,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Rows per layer that are read at most, evenly spaced
+    #[arg(long, default_value_t = 200_000, value_name = "ROWS")]
+    pub(crate) max_tokens: usize,
+    /// Share of the rows to hold out: placements are made from the others and measured on these
+    #[arg(long, default_value_t = 0.0, value_name = "SHARE")]
+    pub(crate) holdout: f64,
+    /// Worker threads [default: the cores of this machine]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// Files or folders, all of one format
+    #[arg(required = true)]
+    pub(crate) inputs: Vec<PathBuf>,
+    /// Profile to write
+    #[arg(short, long, value_name = "PROFILE")]
+    pub(crate) output: PathBuf,
+    /// Format of the inputs [default: found out from their contents]
+    #[arg(long, value_parser = parse::<ImportFormat>, value_name = "FORMAT")]
+    pub(crate) format: Option<ImportFormat>,
+    /// Number of experts of a layer, where the files do not say it
+    #[arg(long, value_name = "E")]
+    pub(crate) experts: Option<usize>,
+    /// Experts per token, for sources that hold only counts
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// The model's numbers of the MoE layers, comma-separated
+    #[arg(long, value_delimiter = ',', value_name = "IDS")]
+    pub(crate) layer_ids: Option<Vec<u32>>,
+    /// Hidden layers of the model, dense ones included
+    #[arg(long, value_name = "N")]
+    pub(crate) hidden_layers: Option<u32>,
+    /// Name of the model
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Whether the router renormalises the weights of the chosen experts
+    #[arg(long, value_name = "true|false")]
+    pub(crate) norm_topk_prob: Option<bool>,
+    /// Routing groups of a group-limited router
+    #[arg(long, value_name = "N")]
+    pub(crate) groups: Option<usize>,
+    /// Which part to read of a file that holds several
+    #[arg(long)]
+    pub(crate) section: Option<String>,
+    /// Print what was made as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Home {
+    /// Any rank, equally likely: expectations
+    Uniform,
+    /// Rows cut into one consecutive block per rank: exact counts
+    Blocks,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatsArgs {
+    /// Routing profile
+    pub(crate) profile: PathBuf,
+    #[command(flatten)]
+    pub(crate) topology: TopologyArgs,
+    /// Where tokens live between layers
+    #[arg(long, value_enum, default_value_t = Home::Uniform)]
+    pub(crate) home: Home,
+    /// Points of the connected sub-graph curve
+    #[arg(long, default_value_t = 21, value_name = "N")]
+    pub(crate) subgraph_points: usize,
+    /// Worker threads [default: the cores of this machine]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrafficArgs {
+    /// Routing profile
+    pub(crate) profile: PathBuf,
+    /// Placement
+    pub(crate) placement: PathBuf,
+    #[command(flatten)]
+    pub(crate) shape: ShapeArgs,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// Where tokens live between layers
+    #[arg(long, value_enum, default_value_t = Home::Uniform)]
+    pub(crate) home: Home,
+    /// Show the formula of the predicted time with its numbers (first layer)
+    #[arg(long)]
+    pub(crate) explain: bool,
+    /// Worker threads [default: the cores of this machine]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlaceArgs {
+    /// Routing profile
+    pub(crate) profile: PathBuf,
+    #[command(flatten)]
+    pub(crate) topology: TopologyArgs,
+    /// Placement method: contiguous, random, greedy (the paper's Algorithm 1), eplb (load only), search (ours)
+    #[arg(long, default_value_t = Method::Search, value_parser = parse::<Method>)]
+    pub(crate) method: Method,
+    #[command(flatten)]
+    pub(crate) search: SearchArgs,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// Placement file to write
+    #[arg(short, long, value_name = "PLACEMENT")]
+    pub(crate) output: Option<PathBuf>,
+    /// Show the formula with its numbers
+    #[arg(long)]
+    pub(crate) explain: bool,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// Placement
+    pub(crate) placement: PathBuf,
+    /// Format: sglang, vllm, vllm-ascend, tensorrt-llm, eplb or permutation
+    #[arg(long, value_parser = parse::<ExportFormat>)]
+    pub(crate) format: ExportFormat,
+    /// File to write [default: standard output]
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Profile that says which experts are hot: needed where ranks hold different numbers of experts
+    #[arg(long)]
+    pub(crate) profile: Option<PathBuf>,
+    /// Slots on every rank [default: the most that any rank needs]
+    #[arg(long, value_name = "N")]
+    pub(crate) slots_per_rank: Option<usize>,
+    /// Hidden layers of the model, dense ones included, where the placement does not say it
+    #[arg(long, value_name = "N")]
+    pub(crate) hidden_layers: Option<u32>,
+    /// Routing groups of a group-limited router, which a permutation must keep whole
+    #[arg(long, value_name = "N")]
+    pub(crate) groups: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Any file or folder
+    pub(crate) file: PathBuf,
+    /// Print the facts as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PruneRule {
+    /// Best scores on the ranks of the best experts
+    RouterScore,
+    /// Replace by the most similar expert on those ranks
+    Similarity,
+    /// The ranks that keep most of the routing mass
+    BestMass,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PruneArgs {
+    /// Routing profile with router logits of all experts
+    pub(crate) profile: PathBuf,
+    /// Placement
+    pub(crate) placement: PathBuf,
+    /// Most ranks a token may visit
+    #[arg(long, value_name = "N")]
+    pub(crate) max_ranks: usize,
+    /// How ranks and replacements are chosen
+    #[arg(long, value_enum, default_value_t = PruneRule::BestMass)]
+    pub(crate) rule: PruneRule,
+    /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) keep_mass: Option<f64>,
+    /// Only choose ranks, name no replacements: works on profiles with weights but without all scores (best-mass only)
+    #[arg(long)]
+    pub(crate) ranks_only: bool,
+    /// Whether the router renormalises the weights of the chosen experts [default: what the profile says, else false]
+    #[arg(long, value_name = "true|false")]
+    pub(crate) norm_topk_prob: Option<bool>,
+    /// Worker threads [default: the cores of this machine]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    /// Routing profile
+    pub(crate) profile: PathBuf,
+    /// Placements to show beside the methods
+    pub(crate) placements: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) topology: TopologyArgs,
+    #[command(flatten)]
+    pub(crate) search: SearchArgs,
+    #[command(flatten)]
+    pub(crate) shape: ShapeArgs,
+    /// Clusters to predict times for: presets or TOML files, comma-separated
+    #[arg(long, value_delimiter = ',', default_value = "8xa6000-pcie,8xh100-nvlink", value_name = "NAMES")]
+    pub(crate) clusters: Vec<String>,
+    /// Heading of the page [default: the model's name]
+    #[arg(long)]
+    pub(crate) title: Option<String>,
+    /// HTML file to write
+    #[arg(short, long, default_value = "report.html", value_name = "FILE")]
+    pub(crate) output: PathBuf,
+    /// Also write the data that the page shows
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    #[command(flatten)]
+    pub(crate) topology: TopologyArgs,
+    /// Folder for the profile, the placement and the report
+    #[arg(long, default_value = "occult-demo", value_name = "DIR")]
+    pub(crate) out_dir: PathBuf,
+}
+
+fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|e: T::Err| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_command_has_an_example() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands() {
+            let help = sub.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(
+                help.contains("occult ") && help.starts_with("Example"),
+                "{} has no example",
+                sub.get_name()
+            );
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! `occult prune`
+
+use anyhow::{Result, bail};
+use serde_json::json;
+
+use crate::args::{PruneArgs, PruneRule};
+use crate::output::{Table, figure, print, print_json};
+use crate::pruning::{self, PrunedLayer};
+use crate::{parallel, progress, setup};
+
+pub(super) fn run(args: &PruneArgs) -> Result<()> {
+    let profile = setup::profile(&args.profile)?;
+    let file = setup::placement(&args.placement, profile.meta())?;
+    let topology = file.placement.topology();
+    if args.ranks_only && args.rule != PruneRule::BestMass {
+        bail!("--ranks-only works with --rule best-mass only: {} needs all scores", args.rule.name());
+    }
+    let budget = pruning::budget(args.max_ranks, args.keep_mass);
+    let router = setup::router_rule(profile.meta(), args.norm_topk_prob);
+    let bar = progress::bar(profile.num_layers() as u64, "layers");
+    let layers = parallel::map_ordered(profile.num_layers(), setup::threads(args.threads), |layer| {
+        let placement = &file.placement.layers()[layer];
+        let pruned = if args.ranks_only {
+            pruning::choose_ranks(&profile, layer, placement, topology, budget)
+        } else {
+            pruning::prune_layer(&profile, layer, placement, topology, args.rule, budget, &router)
+        };
+        bar.inc(1);
+        pruned
+    });
+    bar.finish_and_clear();
+    let layers = layers?;
+    let ids = &profile.meta().layer_ids;
+    if args.json {
+        let layers_json: Vec<_> =
+            ids.iter().zip(&layers).map(|(&id, l)| figures_json(id.into(), l)).collect();
+        return print_json(&json!({
+            "profile": args.profile,
+            "placement": args.placement,
+            "rule": args.rule.name(),
+            "max_ranks": args.max_ranks,
+            "keep_mass": args.keep_mass,
+            "ranks_only": args.ranks_only,
+            "layers": layers_json,
+            "mean": figures_json(serde_json::Value::Null, &mean(&layers)),
+        }));
+    }
+    let mut table = Table::new([
+        "layer",
+        "copies before",
+        "after",
+        "retained mass",
+        "replaced experts",
+        "tokens changed",
+        "load max/mean",
+    ]);
+    let named = ids.iter().map(u32::to_string).zip(layers.iter().copied());
+    for (name, layer) in named.chain([("mean".to_owned(), mean(&layers))]) {
+        let s = &layer.stats;
+        table.row([
+            name,
+            format!("{:.3}", s.copies_per_token_before()),
+            format!("{:.3}", s.copies_per_token_after()),
+            format!("{:.2} %", 100.0 * s.retained_mass()),
+            format!("{:.2} %", 100.0 * s.replaced_experts as f64 / s.pairs.max(1) as f64),
+            format!("{:.2} %", 100.0 * s.touched_tokens as f64 / s.tokens.max(1) as f64),
+            figure(layer.load_max_over_mean, 3),
+        ]);
+    }
+    let limit = match args.keep_mass {
+        Some(share) => {
+            format!("the fewest ranks, at most {}, that keep {share} of the routing mass", args.max_ranks)
+        }
+        None => format!("at most {} ranks per token", args.max_ranks),
+    };
+    print(&format!(
+        "Pruned by {} to {limit}, {} ranks:\n\n{}",
+        args.rule.name(),
+        topology.num_ranks(),
+        table.render()
+    ))
+}
+
+fn mean(layers: &[PrunedLayer]) -> PrunedLayer {
+    PrunedLayer { stats: pruning::total(layers), load_max_over_mean: pruning::mean_load(layers) }
+}
+
+fn figures_json(layer: serde_json::Value, pruned: &PrunedLayer) -> serde_json::Value {
+    let s = &pruned.stats;
+    json!({
+        "layer": layer,
+        "tokens": s.tokens,
+        "copies_per_token_before": s.copies_per_token_before(),
+        "copies_per_token": s.copies_per_token_after(),
+        "retained_mass": s.retained_mass(),
+        "relative_mass": s.relative_mass(),
+        "replaced_experts": s.replaced_experts,
+        "replaced_fraction": s.replaced_experts as f64 / s.pairs.max(1) as f64,
+        "touched_tokens": s.touched_tokens,
+        "extended_tokens": s.extended_tokens,
+        "load_max_over_mean": pruned.load_max_over_mean,
+    })
+}

@@ -1,0 +1,30 @@
+//! Exit codes: what a script can tell apart.
+
+use std::process::ExitCode;
+
+use occult_formats::FormatError;
+use occult_plan::PlanError;
+
+/// Shown under `--help`. Code 2 (wrong usage) is clap's.
+pub(crate) const HELP: &str = "Exit codes:\n  0  done\n  1  a file is not what it should be, or something cannot be read, \
+                               written or computed\n  2  wrong usage\n  3  no placement within the limits was found";
+
+/// Exit code of an error.
+pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
+    let infeasible = error.chain().any(|cause| match cause.downcast_ref::<PlanError>() {
+        Some(PlanError::InLayer { source, .. }) => matches!(**source, PlanError::Infeasible(_)),
+        other => matches!(other, Some(PlanError::Infeasible(_))),
+    });
+    ExitCode::from(if infeasible { 3 } else { 1 })
+}
+
+/// Whether the reader of our output went away (`occult ... | head`).
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let io = match cause.downcast_ref::<FormatError>() {
+            Some(FormatError::Io { source, .. }) => Some(source),
+            _ => cause.downcast_ref::<std::io::Error>(),
+        };
+        io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}

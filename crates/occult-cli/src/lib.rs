@@ -1,0 +1,35 @@
+//! The `occult` command: arguments become requests (`args`), requests are carried out (`cmd`), results are printed as
+//! tables or JSON, and reports are rendered ([`report`]). Threads, clocks and terminals live here and nowhere below.
+#![forbid(unsafe_code)]
+
+mod args;
+mod cmd;
+mod compare;
+mod domains;
+mod exit;
+mod measuring;
+mod output;
+mod parallel;
+mod placing;
+mod progress;
+mod pruning;
+pub mod report;
+mod setup;
+mod tokens;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Parses the command line, runs the command, prints an error as one line with its causes, and maps it to an exit code.
+pub fn main() -> ExitCode {
+    let cli = args::Cli::parse();
+    match cmd::run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if exit::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("occult: {error:#}");
+            exit::code(&error)
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! From rows of a layer and a method to a placement of that layer.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use occult_plan::cost::Cluster;
+use occult_plan::placement::search::{self, SearchOptions, SearchOutcome};
+use occult_plan::placement::{Method, contiguous, eplb, greedy, random};
+use occult_plan::{CoActivation, LayerPlacement, PlanError, RoutingBuf, Topology, tokens_per_expert};
+
+use crate::args::SearchArgs;
+
+/// Default cap on max/mean load. A layer whose hottest expert alone is above it gets the least cap found instead.
+pub(crate) const DEFAULT_LOAD_CAP: f64 = 1.1;
+
+/// What a placement of one layer is made from.
+pub(crate) enum LayerInput<'a> {
+    /// Token sets.
+    Tokens(&'a RoutingBuf),
+    /// Counts only.
+    Counts { counts: &'a [u64], coactivation: Option<&'a CoActivation> },
+}
+
+impl LayerInput<'_> {
+    fn num_experts(&self) -> usize {
+        match self {
+            LayerInput::Tokens(rows) => rows.num_experts,
+            LayerInput::Counts { counts, .. } => counts.len(),
+        }
+    }
+
+    fn counts(&self) -> Result<Vec<u64>> {
+        Ok(match self {
+            LayerInput::Tokens(rows) => tokens_per_expert(&rows.view()?),
+            LayerInput::Counts { counts, .. } => counts.to_vec(),
+        })
+    }
+}
+
+/// A placed layer; `search` has what only the search knows.
+pub(crate) struct Placed {
+    pub(crate) placement: LayerPlacement,
+    pub(crate) search: Option<SearchOutcome>,
+    /// Wall-clock seconds that the method took.
+    pub(crate) seconds: f64,
+}
+
+/// How to place, for all layers.
+#[derive(Debug, Clone)]
+pub(crate) struct Placer {
+    pub(crate) topology: Topology,
+    pub(crate) options: SearchOptions,
+    /// Wall clock for all layers, and how many of them run at a time.
+    time_limit: Option<Duration>,
+    layers_at_a_time: f64,
+}
+
+impl Placer {
+    pub(crate) fn new(
+        args: &SearchArgs,
+        topology: Topology,
+        cluster: Option<&Cluster>,
+        num_experts: usize,
+    ) -> Result<Self> {
+        let [rank_cost, node_cost] = costs(args, cluster);
+        let equal = args.equal.then(|| (num_experts + args.replicas).div_ceil(topology.num_ranks()));
+        let time_limit = match args.time_limit {
+            Some(s) if !(s > 0.0 && s.is_finite()) => bail!("--time-limit is {s}, expected seconds above 0"),
+            Some(s) => Some(Duration::from_secs_f64(s)),
+            None => None,
+        };
+        let options = SearchOptions {
+            load_cap: args.load_cap.unwrap_or(DEFAULT_LOAD_CAP),
+            relax_cap: args.load_cap.is_none(),
+            max_experts_per_rank: equal.or(args.max_experts_per_rank),
+            rank_cost,
+            node_cost,
+            replicas: args.replicas,
+            num_groups: args.keep_groups,
+            restarts: args.restarts.or(time_limit.map(|_| usize::MAX)),
+            seed: args.seed,
+        };
+        Ok(Self { topology, options, time_limit, layers_at_a_time: 1.0 })
+    }
+
+    /// Tells how many layers share the time limit on how many threads.
+    pub(crate) fn share_time(&mut self, num_layers: usize, threads: usize) {
+        self.layers_at_a_time = threads.min(num_layers) as f64 / num_layers.max(1) as f64;
+    }
+
+    /// Places one layer.
+    pub(crate) fn place(&self, method: Method, input: &LayerInput<'_>) -> Result<Placed> {
+        let (e, topology) = (input.num_experts(), self.topology);
+        let w = topology.num_ranks();
+        let start = Instant::now();
+        let done = |placement| Ok(Placed { placement, search: None, seconds: start.elapsed().as_secs_f64() });
+        match (method, input) {
+            (Method::Contiguous, _) => done(contiguous::place(e, w)?),
+            (Method::Random, _) => done(random::place(e, w, self.options.seed)?),
+            (Method::Greedy, LayerInput::Tokens(rows)) => {
+                let mut pairs = CoActivation::new(e);
+                pairs.add(&rows.view()?);
+                done(greedy::place(&pairs, w)?)
+            }
+            (Method::Greedy, LayerInput::Counts { coactivation: Some(pairs), .. }) => {
+                done(greedy::place(pairs, w)?)
+            }
+            (Method::Eplb, _) => {
+                let slots = (e + self.options.replicas).next_multiple_of(w);
+                let num_groups = self.options.num_groups.unwrap_or(1);
+                let config = eplb::EplbConfig {
+                    num_replicas: slots,
+                    num_groups,
+                    num_nodes: topology.num_nodes(),
+                    num_gpus: w,
+                };
+                done(eplb::place(&input.counts()?, config)?.to_placement()?)
+            }
+            (Method::Search, LayerInput::Tokens(rows)) => {
+                let allowed = self.time_limit.map(|limit| limit.mul_f64(self.layers_at_a_time));
+                let mut keep_going = || allowed.is_none_or(|allowed| start.elapsed() < allowed);
+                let outcome = search::place(&rows.view()?, topology, &self.options, &mut keep_going)?;
+                let seconds = start.elapsed().as_secs_f64();
+                Ok(Placed { placement: outcome.placement.clone(), search: Some(outcome), seconds })
+            }
+            (Method::Greedy | Method::Search, _) => {
+                let what = if method == Method::Search { "method search" } else { "method greedy" };
+                let missing = if method == Method::Search {
+                    "token-level expert ids (this profile has counts only; eplb, contiguous and random need no more)"
+                } else {
+                    "co-activation counts (this profile has counts of single experts only)"
+                };
+                Err(PlanError::Missing { what, missing }.into())
+            }
+        }
+    }
+}
+
+/// Cost of a rank and of a node visited: what was given, or proportional to the time a byte takes on their links.
+fn costs(args: &SearchArgs, cluster: Option<&Cluster>) -> [f64; 2] {
+    let of_links = cluster.and_then(|c| {
+        let inter = c.inter.as_ref()?;
+        let ranks = match inter.per {
+            occult_plan::cost::LinkEnd::Rank => 1.0,
+            occult_plan::cost::LinkEnd::Node => c.ranks_per_node as f64,
+        };
+        let per_rank = inter.link.bandwidth_bytes_per_s / ranks;
+        Some([1.0, c.intra.bandwidth_bytes_per_s / per_rank])
+    });
+    let [rank, node] = of_links.unwrap_or([1.0, SearchOptions::default().node_cost]);
+    [args.rank_cost.unwrap_or(rank), args.node_cost.unwrap_or(node)]
+}

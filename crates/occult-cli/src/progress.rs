@@ -1,0 +1,31 @@
+//! Progress bars on standard error; nothing when it is not a terminal.
+
+use std::io::IsTerminal;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// A bar that counts `total` of `what`.
+pub(crate) fn bar(total: u64, what: &str) -> ProgressBar {
+    let bar = hidden_unless_terminal(total);
+    let template = "{msg} [{bar:32}] {pos}/{len}  {elapsed} elapsed, {eta} left";
+    bar.set_style(ProgressStyle::with_template(template).expect("a valid template").progress_chars("=> "));
+    bar.set_message(what.to_owned());
+    bar
+}
+
+/// A bar that counts bytes; its length is set as it becomes known.
+pub(crate) fn bytes(what: &str) -> ProgressBar {
+    let bar = hidden_unless_terminal(0);
+    let template = "{msg} [{bar:32}] {bytes}/{total_bytes}  {bytes_per_sec}, {eta} left";
+    bar.set_style(ProgressStyle::with_template(template).expect("a valid template").progress_chars("=> "));
+    bar.set_message(what.to_owned());
+    bar
+}
+
+fn hidden_unless_terminal(total: u64) -> ProgressBar {
+    if std::io::stderr().is_terminal() {
+        ProgressBar::new(total)
+    } else {
+        ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden())
+    }
+}

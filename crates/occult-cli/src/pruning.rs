@@ -1,0 +1,146 @@
+//! Collaboration pruning of whole profiles: one pass for the similarity table where it is needed, one for the rule.
+
+use anyhow::{Result, anyhow, bail};
+use occult_formats::{Columns, FormatError, Profile};
+use occult_plan::prune::best_mass_ranks_only;
+use occult_plan::{
+    Budget, HomeRanks, LayerPlacement, PlanError, PruneStats, RouterRule, Rule, SimilarityAccumulator,
+    SimilarityTable, Topology, TrafficMeter, prune,
+};
+
+use crate::args::PruneRule;
+
+const CHUNK_ROWS: usize = 16_384;
+
+impl PruneRule {
+    pub(crate) const ALL: [Self; 3] = [Self::RouterScore, Self::Similarity, Self::BestMass];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::RouterScore => "router-score",
+            Self::Similarity => "similarity",
+            Self::BestMass => "best-mass",
+        }
+    }
+}
+
+/// What pruning did to one layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PrunedLayer {
+    pub(crate) stats: PruneStats,
+    /// Max/mean load after pruning; unknown when only ranks were chosen.
+    pub(crate) load_max_over_mean: Option<f64>,
+}
+
+/// Squared cosines of the router-logit columns over all rows of a layer.
+pub(crate) fn similarity(profile: &Profile, layer: usize) -> Result<SimilarityTable> {
+    let mut sums = SimilarityAccumulator::new(profile.meta().num_experts);
+    for_each_chunk(profile, layer, |routing| sums.add(routing))?;
+    Ok(sums.finish())
+}
+
+/// Prunes every row of a layer by `rule`. The similarity table is computed where the rule needs it.
+pub(crate) fn prune_layer(
+    profile: &Profile,
+    layer: usize,
+    placement: &LayerPlacement,
+    topology: Topology,
+    rule: PruneRule,
+    budget: Budget,
+    router: &RouterRule,
+) -> Result<PrunedLayer> {
+    require_scores(profile, layer, rule)?;
+    let table = match rule {
+        PruneRule::Similarity => Some(similarity(profile, layer)?),
+        _ => None,
+    };
+    let rule = match (rule, &table) {
+        (PruneRule::RouterScore, _) => Rule::RouterScore,
+        (PruneRule::BestMass, _) => Rule::BestMass,
+        (PruneRule::Similarity, Some(table)) => Rule::Similarity(table),
+        (PruneRule::Similarity, None) => bail!("the similarity rule has no table"),
+    };
+    let mut stats = PruneStats::default();
+    let mut meter = TrafficMeter::new(placement, topology, HomeRanks::Uniform)?;
+    for_each_chunk(profile, layer, |routing| {
+        let pruned = prune(routing, placement, topology, rule, budget, router)?;
+        stats.merge(&pruned.stats);
+        meter.add(&pruned.routing.view()?)
+    })?;
+    let load = meter.finish().map_err(|e| e.in_layer(layer))?.summary().load_max_over_mean;
+    Ok(PrunedLayer { stats, load_max_over_mean: Some(load) })
+}
+
+/// The ranks that best-mass would choose, from weights alone.
+pub(crate) fn choose_ranks(
+    profile: &Profile,
+    layer: usize,
+    placement: &LayerPlacement,
+    topology: Topology,
+    budget: Budget,
+) -> Result<PrunedLayer> {
+    if !profile.has_weights(layer) {
+        bail!(
+            "{}: layer {layer}: choosing ranks needs the weights of the chosen experts, and this profile has none",
+            profile.path().display()
+        );
+    }
+    let mut stats = PruneStats::default();
+    for_each_chunk(profile, layer, |routing| {
+        stats.merge(&best_mass_ranks_only(routing, placement, topology, budget)?);
+        Ok(())
+    })?;
+    Ok(PrunedLayer { stats, load_max_over_mean: None })
+}
+
+fn require_scores(profile: &Profile, layer: usize, rule: PruneRule) -> Result<()> {
+    if profile.has_scores(layer) {
+        return Ok(());
+    }
+    let path = profile.path().display();
+    if profile.num_rows(layer).is_none() {
+        bail!("{path}: layer {layer}: pruning needs token-level routing, and this profile has counts only");
+    }
+    let hint = match (rule, profile.has_weights(layer)) {
+        (PruneRule::BestMass, true) => "; --ranks-only tells what best-mass would keep, without them",
+        _ => "",
+    };
+    Err(anyhow!(
+        "{path}: layer {layer}: pruning by {} needs `router_logits` [tokens, experts], the router's scores of all experts, \
+         which this profile does not have (only the chosen experts){hint}",
+        rule.name()
+    ))
+}
+
+fn for_each_chunk(
+    profile: &Profile,
+    layer: usize,
+    mut each: impl FnMut(&occult_plan::Routing<'_>) -> Result<(), PlanError>,
+) -> Result<()> {
+    let columns = Columns { weights: true, scores: true, domains: false };
+    profile.for_each_chunk(layer, columns, CHUNK_ROWS, &mut |chunk| {
+        each(&chunk.routing).map_err(|e| FormatError::plan(profile.path(), layer, chunk.first_row, e))
+    })?;
+    Ok(())
+}
+
+/// Sums over layers (of equal tokens: means per token).
+pub(crate) fn total(layers: &[PrunedLayer]) -> PruneStats {
+    let mut total = PruneStats::default();
+    layers.iter().for_each(|l| total.merge(&l.stats));
+    total
+}
+
+/// Mean of max/mean load over layers.
+pub(crate) fn mean_load(layers: &[PrunedLayer]) -> Option<f64> {
+    let sum = layers.iter().map(|l| l.load_max_over_mean).sum::<Option<f64>>();
+    sum.map(|s| s / layers.len().max(1) as f64)
+}
+
+/// A budget from the command line.
+pub(crate) fn budget(max_ranks: usize, keep_mass: Option<f64>) -> Budget {
+    match keep_mass {
+        Some(share) => Budget::Adaptive { max_ranks, share },
+        None => Budget::Fixed { max_ranks },
+    }
+}
