@@ -143,3 +143,26 @@ fn the_last_logits_are_the_last_of_all() {
     let last = values(&model.forward(&batch, None, Logits::Last, None).expect("last"));
     assert!(difference(&last, &all[all.len() - last.len()..]) < 1e-6);
 }
+
+#[test]
+fn a_cache_that_grows_gives_the_logits_of_one_pass() {
+    let model = load("deepseek_v2-lite"); // context 640
+    let ids: Vec<u32> = (0..600).map(|i| (i * 37 + i / 7) % 96).collect();
+    let last = |logits: occult_model::Result<candle_core::Tensor>| values(&logits.expect("logits"));
+    let whole = last(model.forward(&Batch::single(&ids).expect("batch"), None, Logits::Last, None));
+    let mut cache = model.new_cache();
+    let mut records = 0;
+    let mut observe = |_: &RoutingRecord<'_>| {
+        records += 1;
+        Ok(())
+    };
+    let chunked = last(occult_model::prefill(&model, &ids, &mut cache, Some(&mut observe)));
+    assert_eq!(records, 2, "one MoE layer, two chunks");
+    assert!(difference(&chunked, &whole) <= LIMIT);
+    let mut cache = model.new_cache();
+    let mut single = Vec::new();
+    for &id in &ids {
+        single = last(model.forward(&Batch::single(&[id]).expect("batch"), Some(&mut cache), Logits::Last, None));
+    }
+    assert!(difference(&single, &whole) <= LIMIT);
+}

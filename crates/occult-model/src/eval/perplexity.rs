@@ -29,7 +29,7 @@ impl Perplexity {
 }
 
 /// Scores every token of a text once, in windows of `window` inputs that do not overlap: the "rolling" rule of
-/// lm-evaluation-harness. The first token is conditioned on `prefix` (a begin-of-text id) and is not scored without one;
+/// lm-evaluation-harness, which encodes with the tokenizer's special tokens. The first token is conditioned on `prefix` (a begin-of-text id) and is not scored without one;
 /// the last window is filled up with the tokens before it.
 pub fn perplexity(
     model: &Decoder,
