@@ -37,7 +37,7 @@ pub use error::{ModelError, Result};
 pub use generate::{GenerateOptions, Generated, PREFILL_CHUNK, Stop, generate, prefill};
 pub use kv_cache::KvCache;
 pub use layers::{Linear, Mlp};
-pub use load::{LoadOptions, ModelFiles};
+pub use load::{LoadOptions, MakeMoeLayer, ModelFiles};
 pub use moe::{ExpertWeights, LocalExperts, MoeLayer, Router, RoutingObserver, RoutingRecord};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use rewrite::{ConvertOptions, convert};

@@ -22,7 +22,11 @@ fn each_case(check: impl Fn(&str) -> Result<f32, String>) {
 }
 
 fn within(diff: f32) -> Result<f32, String> {
-    if diff <= LIMIT { Ok(diff) } else { Err(format!("logits differ by {diff:.1e} of their range, limit {LIMIT:.0e}")) }
+    if diff <= LIMIT {
+        Ok(diff)
+    } else {
+        Err(format!("logits differ by {diff:.1e} of their range, limit {LIMIT:.0e}"))
+    }
 }
 
 #[test]
@@ -52,9 +56,11 @@ fn logits_and_routing_are_those_of_transformers() {
         assert_eq!(logits.dims(), reference.shape("logits"));
 
         let layers: Vec<(usize, usize)> = records.iter().map(|r| (r.0, r.1)).collect();
-        let expected: Vec<(usize, usize)> = model.spec().moe_layers().enumerate().map(|(i, l)| (l, i)).collect();
+        let expected: Vec<(usize, usize)> =
+            model.spec().moe_layers().enumerate().map(|(i, l)| (l, i)).collect();
         assert_eq!(layers, expected);
-        let ids: Vec<i64> = records.iter().flat_map(|r| r.2.expert_ids.iter().map(|&e| i64::from(e))).collect();
+        let ids: Vec<i64> =
+            records.iter().flat_map(|r| r.2.expert_ids.iter().map(|&e| i64::from(e))).collect();
         if ids != reference.ints("expert_ids") {
             return Err("router choices differ".into());
         }
@@ -106,8 +112,9 @@ fn left_padding_changes_nothing() {
         let full = reference.sequences();
         let (v, t) = (model.spec().vocab_size, full[0].len());
         let rows = mask.chunks(t).zip(&full);
-        let sequences: Vec<Vec<u32>> =
-            rows.map(|(m, s)| s.iter().zip(m).filter(|(_, m)| **m == 1).map(|(id, _)| *id).collect()).collect();
+        let sequences: Vec<Vec<u32>> = rows
+            .map(|(m, s)| s.iter().zip(m).filter(|(_, m)| **m == 1).map(|(id, _)| *id).collect())
+            .collect();
         assert!(sequences[1].len() < t, "the second sequence is shorter");
         let keep = |logits: &[f32]| -> Vec<f32> {
             logits.chunks(v).zip(&mask).filter(|(_, m)| **m == 1).flat_map(|(l, _)| l.to_vec()).collect()
@@ -127,9 +134,14 @@ fn left_padding_changes_nothing() {
         let head: Vec<&[u32]> = sequences.iter().map(|s| &s[..s.len() - 4]).collect();
         let tail: Vec<&[u32]> = sequences.iter().map(|s| &s[s.len() - 4..]).collect();
         model.forward(&Batch::new(&head).expect("head"), Some(&mut cache), Logits::Last, None).expect(case);
-        let tail = model.forward(&Batch::new(&tail).expect("tail"), Some(&mut cache), Logits::All, None).expect(case);
-        let ends: Vec<f32> =
-            reference.f32("padded.logits").chunks(t * v).flat_map(|row| row[(t - 4) * v..].to_vec()).collect();
+        let tail = model
+            .forward(&Batch::new(&tail).expect("tail"), Some(&mut cache), Logits::All, None)
+            .expect(case);
+        let ends: Vec<f32> = reference
+            .f32("padded.logits")
+            .chunks(t * v)
+            .flat_map(|row| row[(t - 4) * v..].to_vec())
+            .collect();
         let worst = difference(&keep(&values(&whole)), &want).max(difference(&values(&tail), &ends));
         within(worst)
     });
@@ -162,7 +174,8 @@ fn a_cache_that_grows_gives_the_logits_of_one_pass() {
     let mut cache = model.new_cache();
     let mut single = Vec::new();
     for &id in &ids {
-        single = last(model.forward(&Batch::single(&[id]).expect("batch"), Some(&mut cache), Logits::Last, None));
+        single =
+            last(model.forward(&Batch::single(&[id]).expect("batch"), Some(&mut cache), Logits::Last, None));
     }
     assert!(difference(&single, &whole) <= LIMIT);
 }

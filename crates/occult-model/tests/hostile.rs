@@ -39,13 +39,12 @@ type Tensors = HashMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 fn edit_tensors(path: &Path, change: impl FnOnce(&mut Tensors)) {
     let bytes = fs::read(path).expect("read");
     let parsed = SafeTensors::deserialize(&bytes).expect("tensors");
-    let one = |(name, t): (String, TensorView<'_>)| (name, (t.dtype(), t.shape().to_vec(), t.data().to_vec()));
+    let one =
+        |(name, t): (String, TensorView<'_>)| (name, (t.dtype(), t.shape().to_vec(), t.data().to_vec()));
     let mut tensors: Tensors = parsed.tensors().into_iter().map(one).collect();
     change(&mut tensors);
-    let views: Vec<(&String, TensorView<'_>)> = tensors
-        .iter()
-        .map(|(n, (d, s, b))| (n, TensorView::new(*d, s.clone(), b).expect("view")))
-        .collect();
+    let views: Vec<(&String, TensorView<'_>)> =
+        tensors.iter().map(|(n, (d, s, b))| (n, TensorView::new(*d, s.clone(), b).expect("view"))).collect();
     fs::write(path, safetensors::serialize(views, None).expect("serialize")).expect("write");
 }
 
@@ -77,7 +76,15 @@ fn weights_are_missing() {
 fn shard_is_missing() {
     let d = copy("qwen2_moe-sharded-bf16");
     fs::remove_file(d.path().join("model-00002-of-00003.safetensors")).expect("remove");
-    refused(d.path(), &["model.safetensors.index.json", "tensor model.layers.", "model-00002-of-00003.safetensors", "missing"]);
+    refused(
+        d.path(),
+        &[
+            "model.safetensors.index.json",
+            "tensor model.layers.",
+            "model-00002-of-00003.safetensors",
+            "missing",
+        ],
+    );
 }
 
 #[test]
@@ -117,14 +124,19 @@ fn index_names_the_wrong_shard() {
     edit(&d.path().join("model.safetensors.index.json"), |i| {
         i["weight_map"]["model.norm.weight"] = json!("model-00001-of-00003.safetensors");
     });
-    refused(d.path(), &["index.json", "tensor model.norm.weight", "model-00001-of-00003.safetensors", "does not have it"]);
+    refused(
+        d.path(),
+        &["index.json", "tensor model.norm.weight", "model-00001-of-00003.safetensors", "does not have it"],
+    );
 }
 
 #[test]
 fn index_names_a_file_elsewhere() {
     for file in ["../model.safetensors", "/etc/passwd", "a/b.safetensors", ""] {
         let d = copy("qwen2_moe-sharded-bf16");
-        edit(&d.path().join("model.safetensors.index.json"), |i| i["weight_map"]["model.norm.weight"] = json!(file));
+        edit(&d.path().join("model.safetensors.index.json"), |i| {
+            i["weight_map"]["model.norm.weight"] = json!(file)
+        });
         refused(d.path(), &["index.json", "tensor model.norm.weight", "beside the index"]);
     }
 }
@@ -179,7 +191,10 @@ fn fused_experts_have_the_wrong_number() {
 fn family_is_unknown() {
     let d = copy("olmoe");
     set(d.path(), "model_type", json!("gpt_neox"));
-    refused(d.path(), &["config.json", "model_type = gpt_neox", "olmoe", "qwen2_moe", "deepseek_v2", "mixtral"]);
+    refused(
+        d.path(),
+        &["config.json", "model_type = gpt_neox", "olmoe", "qwen2_moe", "deepseek_v2", "mixtral"],
+    );
 }
 
 #[test]
@@ -191,7 +206,12 @@ fn options_that_are_not_supported_are_named() {
         ("olmoe", "quantization_config", json!({"bits": 4}), ["quantization_config", "F32, BF16 or F16"]),
         ("qwen3_moe", "partial_rotary_factor", json!(0.5), ["partial_rotary_factor", "rope"]),
         ("deepseek", "scoring_func", json!("sigmoid"), ["scoring_func = sigmoid", "softmax"]),
-        ("deepseek_v2-lite", "topk_method", json!("noaux_tc"), ["topk_method = noaux_tc", "group_limited_greedy"]),
+        (
+            "deepseek_v2-lite",
+            "topk_method",
+            json!("noaux_tc"),
+            ["topk_method = noaux_tc", "group_limited_greedy"],
+        ),
         ("deepseek_v2-lite", "norm_topk_prob", json!(true), ["norm_topk_prob = true", "false"]),
         ("deepseek_v2-lite", "mlp_bias", json!(true), ["mlp_bias = true", "false"]),
     ] {
@@ -210,7 +230,11 @@ fn configuration_contradicts_the_weights() {
     for (key, value, words) in [
         ("hidden_size", json!(64), ["tensor model.embed_tokens.weight", "[96, 32]", "[96, 64]"]),
         ("vocab_size", json!(97), ["tensor model.embed_tokens.weight", "[96, 32]", "[97, 32]"]),
-        ("num_hidden_layers", json!(3), ["tensor model.layers.2.self_attn.q_proj.weight", "missing", "model.safetensors"]),
+        (
+            "num_hidden_layers",
+            json!(3),
+            ["tensor model.layers.2.self_attn.q_proj.weight", "missing", "model.safetensors"],
+        ),
         ("num_hidden_layers", json!(1), ["tensor model.layers.1.", "not part of the model", "1 layers"]),
         ("num_experts", json!(15), ["tensor model.layers.0.mlp.gate.weight", "[16, 32]", "[15, 32]"]),
         ("intermediate_size", json!(8), ["experts.0.gate_proj.weight", "[16, 32]", "[8, 32]"]),
@@ -273,7 +297,9 @@ fn unaligned_data_are_read_all_the_same() {
     moved.extend_from_slice(&bytes[8 + header..]);
     fs::write(&path, moved).expect("write");
     let batch = Batch::single(&[5, 6, 7]).expect("batch");
-    let run = |model: &occult_model::Decoder| common::values(&model.forward(&batch, None, Logits::All, None).expect("logits"));
+    let run = |model: &occult_model::Decoder| {
+        common::values(&model.forward(&batch, None, Logits::All, None).expect("logits"))
+    };
     assert_eq!(run(&common::load_dir(d.path())), run(&load("mixtral-f16")));
 }
 
@@ -314,7 +340,8 @@ mod tokenizer {
     use occult_model::TextTokenizer;
 
     fn refused(dir: &Path, words: &[&str]) {
-        let message = TextTokenizer::open(dir, load("olmoe").spec()).map(drop).expect_err("refused").to_string();
+        let message =
+            TextTokenizer::open(dir, load("olmoe").spec()).map(drop).expect_err("refused").to_string();
         for word in words {
             assert!(message.contains(word), "{word:?} is not in: {message}");
         }

@@ -54,10 +54,15 @@ fn fused_and_back_is_byte_identical() {
             continue;
         }
         let (fused, back) = (temp.path().join(format!("{case}-fused")), temp.path().join(case));
-        convert(&dir(case), &fused, &ConvertOptions { layout: ExpertLayout::Fused, dtype: None }).expect(case);
+        convert(&dir(case), &fused, &ConvertOptions { layout: ExpertLayout::Fused, dtype: None })
+            .expect(case);
         let names = ModelFiles::open(&fused, LoadOptions::default()).expect("fused");
         assert_eq!(names.names().layout, ExpertLayout::Fused);
-        assert_eq!(logits(&fused, case), logits(&dir(case), case), "{case}: same values, same order of additions");
+        assert_eq!(
+            logits(&fused, case),
+            logits(&dir(case), case),
+            "{case}: same values, same order of additions"
+        );
         convert(&fused, &back, &ConvertOptions::default()).expect(case);
         let (got, want) = (contents(&back), model_files(case));
         for (name, bytes) in want.iter().filter(|(n, _)| n.ends_with(".safetensors")) {
@@ -78,7 +83,10 @@ fn released_names_come_out_of_fused_ones() {
     let files = ModelFiles::open(&out, LoadOptions::default()).expect("open");
     assert!(files.checkpoint().contains("model.layers.1.block_sparse_moe.experts.7.w2.weight"));
     assert!(!files.checkpoint().names().any(|n| n.contains("gate_up_proj")));
-    assert_eq!(logits(&out, "mixtral-window-fused"), logits(&dir("mixtral-window-fused"), "mixtral-window-fused"));
+    assert_eq!(
+        logits(&out, "mixtral-window-fused"),
+        logits(&dir("mixtral-window-fused"), "mixtral-window-fused")
+    );
 }
 
 #[test]
@@ -138,7 +146,9 @@ fn permuted_experts_give_the_same_logits_in_every_family() {
         assert_eq!(report.checked_tokens, sample.len());
         assert_eq!(report.orders[0][..2], [0, 4], "rank 0 holds 0, 4, 8 ...");
         assert!(difference(&logits(&out, case), &Reference::of(case).f32("logits")) <= LIMIT, "{case}");
-        assert!(contents(&out).iter().any(|(n, b)| n.ends_with(".safetensors") && model_files(case)[n] != *b));
+        assert!(
+            contents(&out).iter().any(|(n, b)| n.ends_with(".safetensors") && model_files(case)[n] != *b)
+        );
     }
 }
 
@@ -146,12 +156,14 @@ fn permuted_experts_give_the_same_logits_in_every_family() {
 fn routing_groups_stay_together() {
     let case = "deepseek_v2-groups-bf16"; // 12 experts in 4 groups
     let temp = tempfile::tempdir().expect("temp");
-    let error = permute(&dir(case), &strided(case, 4), &temp.path().join("a"), None).expect_err("splits groups");
+    let error =
+        permute(&dir(case), &strided(case, 4), &temp.path().join("a"), None).expect_err("splits groups");
     assert!(error.to_string().contains("experts of a group must stay together"), "{error}");
     assert!(!temp.path().join("a").exists());
     let swap = LayerPlacement::from_rank_experts(4, &[[6u16, 7, 8], [9, 10, 11], [0, 1, 2], [3, 4, 5]]);
     assert!(swap.is_err(), "12 experts");
-    let swap = LayerPlacement::from_rank_experts(12, &[[6u16, 7, 8], [9, 10, 11], [0, 1, 2], [3, 4, 5]]).expect("whole groups");
+    let swap = LayerPlacement::from_rank_experts(12, &[[6u16, 7, 8], [9, 10, 11], [0, 1, 2], [3, 4, 5]])
+        .expect("whole groups");
     let placement = Placement::new(Topology::new(4, 1).expect("topology"), vec![swap; 2]).expect("placement");
     let report = permute(&dir(case), &placement, &temp.path().join("b"), None).expect("whole groups move");
     assert!(report.logit_difference < 1e-5, "{report:?}");
@@ -162,14 +174,17 @@ fn uneven_or_replicated_placements_are_refused() {
     let temp = tempfile::tempdir().expect("temp");
     let out = temp.path().join("out");
     let refused = |layers: Vec<LayerPlacement>, word: &str| {
-        let placement = Placement::new(Topology::new(layers[0].num_ranks(), 1).expect("topology"), layers).expect("placement");
+        let placement = Placement::new(Topology::new(layers[0].num_ranks(), 1).expect("topology"), layers)
+            .expect("placement");
         let error = permute(&dir("mixtral-f16"), &placement, &out, None).expect_err(word).to_string();
         assert!(error.contains(word), "{error}");
         assert!(!out.exists());
     };
-    let uneven = LayerPlacement::from_rank_experts(8, &[vec![0u16, 1, 2, 3, 4], vec![5, 6, 7]]).expect("uneven");
+    let uneven =
+        LayerPlacement::from_rank_experts(8, &[vec![0u16, 1, 2, 3, 4], vec![5, 6, 7]]).expect("uneven");
     refused(vec![uneven; 2], "equal parts");
-    let replicas = LayerPlacement::from_rank_experts(8, &[vec![0u16, 1, 2, 3, 4], vec![0, 4, 5, 6, 7]]).expect("replicas");
+    let replicas = LayerPlacement::from_rank_experts(8, &[vec![0u16, 1, 2, 3, 4], vec![0, 4, 5, 6, 7]])
+        .expect("replicas");
     refused(vec![replicas; 2], "replicas");
     let even = LayerPlacement::from_rank_experts(8, &[[0u16, 1, 2, 3], [4, 5, 6, 7]]).expect("even");
     refused(vec![even], "1 layers of 8 experts, the model has 2 of 8");

@@ -47,7 +47,8 @@ fn generation_stops_for_every_reason() {
     assert_eq!((stopped.ids.len(), stopped.stop), (first, Stop::StopId(stop_at)));
     let full = run(&GenerateOptions::default());
     assert_eq!((full.ids.len(), full.stop), (64 - 8, Stop::Context));
-    let caller = generate(&model, &greedy[..8], &GenerateOptions::default(), &mut |_| Ok(ControlFlow::Break(())));
+    let caller =
+        generate(&model, &greedy[..8], &GenerateOptions::default(), &mut |_| Ok(ControlFlow::Break(())));
     assert_eq!(caller.expect("text").stop, Stop::Caller);
     let sampling = Sampling { temperature: 1.0, top_p: 0.9, seed: 5 };
     let sampled = GenerateOptions { sampling, max_new_tokens: Some(20), ..GenerateOptions::default() };

@@ -121,7 +121,8 @@ pub fn score_item(
     for choice in &item.choices {
         let continuation = format!("{spaces}{}{choice}", item.delimiter);
         let (context, target) = if item.context.is_empty() {
-            let start = prefix.ok_or_else(|| ModelError::request("an empty context needs a begin-of-text id"))?;
+            let start =
+                prefix.ok_or_else(|| ModelError::request("an empty context needs a begin-of-text id"))?;
             (vec![start], encode(&continuation, false)?)
         } else {
             let whole = encode(&format!("{trimmed}{continuation}"), true)?;

@@ -39,7 +39,8 @@ pub fn perplexity(
     mut observer: Option<&mut dyn RoutingObserver>,
 ) -> Result<Perplexity> {
     if window == 0 || window > model.spec().context_len {
-        let message = format!("window is {window}, expected 1 to {} (the model's context)", model.spec().context_len);
+        let message =
+            format!("window is {window}, expected 1 to {} (the model's context)", model.spec().context_len);
         return Err(ModelError::request(message));
     }
     let text: Vec<u32> = prefix.into_iter().chain(ids.iter().copied()).collect();

@@ -177,7 +177,12 @@ impl Names {
                 }
                 list.linear(&format!("{p}.kv_a_proj_with_mqa"), a.kv_rank + a.rope_dim, d, a.bias);
                 list.other(&format!("{p}.kv_a_layernorm.weight"), &[a.kv_rank]);
-                list.linear(&format!("{p}.kv_b_proj"), a.num_heads * (a.nope_dim + a.v_dim), a.kv_rank, false);
+                list.linear(
+                    &format!("{p}.kv_b_proj"),
+                    a.num_heads * (a.nope_dim + a.v_dim),
+                    a.kv_rank,
+                    false,
+                );
                 list.linear(&format!("{p}.o_proj"), d, a.num_heads * a.v_dim, a.bias);
             }
         }
@@ -191,7 +196,11 @@ impl Names {
                 for expert in 0..e {
                     for matrix in [Matrix::Gate, Matrix::Up, Matrix::Down] {
                         let shape = if matrix == Matrix::Down { vec![d, f] } else { vec![f, d] };
-                        list.push(self.expert(layer, expert, matrix), shape, Role::Expert { layer, expert, matrix });
+                        list.push(
+                            self.expert(layer, expert, matrix),
+                            shape,
+                            Role::Expert { layer, expert, matrix },
+                        );
                     }
                 }
             }
@@ -218,7 +227,8 @@ impl Names {
             expected.insert(info.name);
         }
         // Old checkpoints carry the rotary frequencies; with tied embeddings some carry the output layer as well.
-        let ignored = |n: &str| n.ends_with(".rotary_emb.inv_freq") || (spec.tied_embeddings && n == "lm_head.weight");
+        let ignored =
+            |n: &str| n.ends_with(".rotary_emb.inv_freq") || (spec.tied_embeddings && n == "lm_head.weight");
         let extra: Vec<&str> = checkpoint.names().filter(|n| !expected.contains(*n) && !ignored(n)).collect();
         if let Some(first) = extra.first() {
             let message = format!(

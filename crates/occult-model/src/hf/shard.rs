@@ -42,7 +42,10 @@ impl Shard {
             return Err(bad("is not a file".into()));
         }
         if meta.len() < 8 {
-            return Err(bad(format!("is truncated: a safetensors file starts with 8 bytes, it has {}", meta.len())));
+            return Err(bad(format!(
+                "is truncated: a safetensors file starts with 8 bytes, it has {}",
+                meta.len()
+            )));
         }
         // SAFETY: the map is read-only and private to this process; bytes are only ever read as plain numbers, for which
         // every bit pattern is valid. What the language cannot promise is that no other process truncates or rewrites
@@ -67,12 +70,15 @@ impl Shard {
         for (name, info) in parsed.tensors() {
             let (from, to) = info.data_offsets;
             if from > to || to > held {
-                let message = format!("ends at byte {to} of the data, but only {held} bytes are there: the file is truncated");
+                let message = format!(
+                    "ends at byte {to} of the data, but only {held} bytes are there: the file is truncated"
+                );
                 return Err(ModelError::bad(path, format!("tensor {name}"), message));
             }
             end = end.max(to);
             order.push((from, name.clone()));
-            let span = Span { dtype: info.dtype, shape: info.shape.clone(), from: data + from, to: data + to };
+            let span =
+                Span { dtype: info.dtype, shape: info.shape.clone(), from: data + from, to: data + to };
             tensors.insert(name, span);
         }
         if end != held {
@@ -93,8 +99,11 @@ impl Shard {
 /// The header describes another number of bytes than the file has.
 fn length_problem(map: &[u8], header: usize) -> String {
     let held = map.len() - 8 - header;
-    let entries: BTreeMap<String, serde_json::Value> = serde_json::from_slice(&map[8..8 + header]).unwrap_or_default();
-    let end = |(name, tensor): (&String, &serde_json::Value)| Some((tensor["data_offsets"][1].as_u64()?, name.clone()));
+    let entries: BTreeMap<String, serde_json::Value> =
+        serde_json::from_slice(&map[8..8 + header]).unwrap_or_default();
+    let end = |(name, tensor): (&String, &serde_json::Value)| {
+        Some((tensor["data_offsets"][1].as_u64()?, name.clone()))
+    };
     match entries.iter().filter_map(end).max() {
         Some((end, name)) if end > held as u64 => {
             format!("is truncated: tensor {name} ends at byte {end} of the data, {held} bytes are there")
