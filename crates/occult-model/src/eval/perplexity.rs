@@ -1,9 +1,9 @@
 //! Perplexity of a text in windows.
 
-use crate::batch::Batch;
-use crate::decoder::{Decoder, Logits};
+use crate::decoder::Decoder;
 use crate::error::{ModelError, Result};
 use crate::eval::log_prob;
+use crate::generate::all_logits;
 use crate::moe::RoutingObserver;
 
 /// Sums over the scored tokens; texts add up.
@@ -55,12 +55,17 @@ pub fn perplexity(
             Some(o) => Some(&mut **o),
             None => None,
         };
-        let logits = model.forward(&Batch::single(&text[start..to])?, None, Logits::All, observer)?;
-        let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-        for (row, &id) in logits.chunks_exact(vocab).zip(&text[start + 1..=to]).skip(from - start) {
-            result.nll -= log_prob(row, id);
-            result.tokens += 1;
-        }
+        let targets = &text[start + 1..=to];
+        all_logits(model, &text[start..to], observer, &mut |first, logits| {
+            for (i, row) in logits.chunks_exact(vocab).enumerate() {
+                // The inputs before `from` only fill the window.
+                if first + i >= from - start {
+                    result.nll -= log_prob(row, targets[first + i]);
+                    result.tokens += 1;
+                }
+            }
+            Ok(())
+        })?;
         from = to;
     }
     Ok(result)
