@@ -133,7 +133,12 @@ impl Decoder {
                     let (mut y, routing) = routed.forward(&rows)?;
                     if let Some(observer) = observer.as_deref_mut() {
                         let is_token = is_token.as_deref();
-                        observer.record(&RoutingRecord { layer: i, moe_layer, routing: &routing, is_token })?;
+                        observer.record(&RoutingRecord {
+                            layer: i,
+                            moe_layer,
+                            routing: &routing,
+                            is_token,
+                        })?;
                     }
                     moe_layer += 1;
                     if let Some(shared) = shared {
@@ -161,11 +166,17 @@ impl Decoder {
         let padding = match &cache {
             Some(c) if past > 0 => {
                 if c.padding.len() != batch.batch_size() {
-                    let message = format!("the cache holds {} sequences, the batch {}", c.padding.len(), batch.batch_size());
+                    let message = format!(
+                        "the cache holds {} sequences, the batch {}",
+                        c.padding.len(),
+                        batch.batch_size()
+                    );
                     return Err(ModelError::request(message));
                 }
                 if batch.padding().iter().any(|&p| p > 0) {
-                    return Err(ModelError::request("padding inside a sequence: only the first batch can be padded"));
+                    return Err(ModelError::request(
+                        "padding inside a sequence: only the first batch can be padded",
+                    ));
                 }
                 c.padding.clone()
             }
@@ -173,7 +184,8 @@ impl Decoder {
         };
         let longest = past + t - padding.iter().min().copied().unwrap_or(0);
         if longest > self.spec.context_len {
-            let message = format!("{longest} tokens are more than the model's context of {}", self.spec.context_len);
+            let message =
+                format!("{longest} tokens are more than the model's context of {}", self.spec.context_len);
             return Err(ModelError::request(message));
         }
         if let Some(cache) = cache {

@@ -89,6 +89,26 @@ pub fn generate(
     }
 }
 
+/// Computes the logits of every position of one sequence in chunks of [`PREFILL_CHUNK`], so that memory is bounded. `each`
+/// is called with the chunk's first position and its logits `[n, V]`.
+pub fn all_logits(
+    model: &Decoder,
+    ids: &[u32],
+    mut observer: Option<&mut dyn RoutingObserver>,
+    each: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+) -> Result<()> {
+    let mut cache = model.new_cache();
+    for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
+        let observer: Option<&mut dyn RoutingObserver> = match &mut observer {
+            Some(o) => Some(&mut **o),
+            None => None,
+        };
+        let logits = model.forward(&Batch::single(chunk)?, Some(&mut cache), Logits::All, observer)?;
+        each(i * PREFILL_CHUNK, &logits.flatten_all()?.to_vec1::<f32>()?)?;
+    }
+    Ok(())
+}
+
 /// Feeds a sequence in chunks of [`PREFILL_CHUNK`] and returns the last position's logits `[1, 1, V]`.
 pub fn prefill(
     model: &Decoder,

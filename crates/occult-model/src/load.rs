@@ -13,6 +13,9 @@ use crate::moe::{ExpertWeights, LocalExperts, MoeLayer, Router};
 use crate::spec::{AttentionSpec, ModelSpec, QkNorm};
 use crate::weight::{StoredDtype, Weight};
 
+/// Makes the routed part of one MoE layer from the files and the layer's number.
+pub type MakeMoeLayer<'a> = dyn FnMut(&ModelFiles, usize) -> Result<Box<dyn MoeLayer>> + 'a;
+
 /// How weights are read.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LoadOptions {
@@ -93,7 +96,8 @@ impl ModelFiles {
                 let (d, f) = (self.spec.hidden_size, self.spec.moe.expert_size);
                 let cut = |from: &Weight, e: usize, rows: (usize, usize)| {
                     let slab = from.slab_rows(e, rows.0, rows.1);
-                    let slab = slab.ok_or_else(|| ModelError::request(format!("{}: no slab {e}", from.name())))?;
+                    let slab =
+                        slab.ok_or_else(|| ModelError::request(format!("{}: no slab {e}", from.name())))?;
                     slab.check_finite()?;
                     self.options.dtype.map_or(Ok(slab.clone()), |dtype| slab.cast(dtype))
                 };
@@ -118,10 +122,7 @@ impl ModelFiles {
     }
 
     /// The model with MoE layers made by `moe`, which is called with each MoE layer's number and reads what it needs.
-    pub fn load_with(
-        &self,
-        moe: &mut dyn FnMut(&ModelFiles, usize) -> Result<Box<dyn MoeLayer>>,
-    ) -> Result<Decoder> {
+    pub fn load_with(&self, moe: &mut MakeMoeLayer<'_>) -> Result<Decoder> {
         let spec = &self.spec;
         let embedding: Tensor = self.weight("model.embed_tokens.weight")?.tensor()?;
         let output = if spec.tied_embeddings {

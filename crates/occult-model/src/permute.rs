@@ -35,14 +35,18 @@ pub struct PermuteReport {
 pub fn expert_order(layer: &LayerPlacement, groups: Option<GroupSpec>) -> Result<Vec<ExpertId>> {
     let (e, w) = (layer.num_experts(), layer.num_ranks());
     if layer.has_replicas() {
-        let message = format!("{} slots hold {e} experts: replicas cannot be a permutation", layer.num_slots());
+        let message =
+            format!("{} slots hold {e} experts: replicas cannot be a permutation", layer.num_slots());
         return Err(ModelError::request(message));
     }
     let mut order = Vec::with_capacity(e);
     for rank in 0..w {
         let held = layer.experts_of(rank as u16);
         if held.len() * w != e {
-            let message = format!("rank {rank} holds {} of {e} experts; a contiguous split over {w} ranks needs equal parts", held.len());
+            let message = format!(
+                "rank {rank} holds {} of {e} experts; a contiguous split over {w} ranks needs equal parts",
+                held.len()
+            );
             return Err(ModelError::request(message));
         }
         order.extend_from_slice(held);
@@ -68,7 +72,12 @@ pub fn expert_order(layer: &LayerPlacement, groups: Option<GroupSpec>) -> Result
 /// Writes the model in `from` to the new directory `to` with its experts in the order of `placement` (one table per MoE
 /// layer): router rows and experts move together. Both models then compute the logits of `sample`, or of made-up tokens;
 /// `to` appears only if they agree within [`MAX_LOGIT_DIFFERENCE`].
-pub fn permute(from: &Path, placement: &Placement, to: &Path, sample: Option<&[u32]>) -> Result<PermuteReport> {
+pub fn permute(
+    from: &Path,
+    placement: &Placement,
+    to: &Path,
+    sample: Option<&[u32]>,
+) -> Result<PermuteReport> {
     let files = ModelFiles::open(from, LoadOptions::default())?;
     let spec = files.spec();
     let layers = placement.layers();
@@ -86,7 +95,8 @@ pub fn permute(from: &Path, placement: &Placement, to: &Path, sample: Option<&[u
         .iter()
         .enumerate()
         .map(|(i, l)| {
-            expert_order(l, spec.moe.router.groups).map_err(|e| ModelError::request(format!("MoE layer {i}: {e}")))
+            expert_order(l, spec.moe.router.groups)
+                .map_err(|e| ModelError::request(format!("MoE layer {i}: {e}")))
         })
         .collect::<Result<Vec<_>>>()?;
     let ids = match sample {
@@ -101,7 +111,9 @@ pub fn permute(from: &Path, placement: &Placement, to: &Path, sample: Option<&[u
         logit_difference = difference(&before.logits, &after.logits);
         // A difference that is no number must not pass.
         if logit_difference.is_nan() || logit_difference > MAX_LOGIT_DIFFERENCE {
-            let message = format!("after permuting, logits differ by {logit_difference:.1e} of their range, limit {MAX_LOGIT_DIFFERENCE:.0e}");
+            let message = format!(
+                "after permuting, logits differ by {logit_difference:.1e} of their range, limit {MAX_LOGIT_DIFFERENCE:.0e}"
+            );
             return Err(ModelError::request(message));
         }
         routing_changes = changes(&before, &after, &orders);

@@ -9,7 +9,9 @@ use serde_json::Value;
 
 use crate::error::{ModelError, Result};
 use crate::hf::write::{Entry, Part, sort, write_file, write_index};
-use crate::hf::{CONFIG, Checkpoint, ExpertLayout, INDEX, Matrix, Names, Role, SINGLE, TensorInfo, read_json};
+use crate::hf::{
+    CONFIG, Checkpoint, ExpertLayout, INDEX, Matrix, Names, Role, SINGLE, TensorInfo, read_json,
+};
 use crate::load::{LoadOptions, ModelFiles};
 use crate::weight::{StoredDtype, Weight};
 
@@ -67,12 +69,18 @@ pub(crate) fn rewrite(
         fs::set_permissions(temporary.path(), fs::Permissions::from_mode(0o755))
             .map_err(|e| ModelError::io("set the permissions of", temporary.path(), e))?;
     }
-    fs::rename(temporary.path(), to).map_err(|e| ModelError::io("give the finished directory its name", to, e))?;
+    fs::rename(temporary.path(), to)
+        .map_err(|e| ModelError::io("give the finished directory its name", to, e))?;
     let _ = temporary.keep(); // it has moved: nothing to delete
     Ok(())
 }
 
-fn write_all(files: &ModelFiles, to: &Path, options: &ConvertOptions, orders: Option<&ExpertOrders>) -> Result<()> {
+fn write_all(
+    files: &ModelFiles,
+    to: &Path,
+    options: &ConvertOptions,
+    orders: Option<&ExpertOrders>,
+) -> Result<()> {
     let checkpoint = files.checkpoint();
     let writer = Writer { files, dtype: options.dtype, orders };
     let names = Names::new(files.spec().family, options.layout);
@@ -90,7 +98,14 @@ fn write_all(files: &ModelFiles, to: &Path, options: &ConvertOptions, orders: Op
         if let (Some(shard), Some((file, span))) = (checkpoint.shard_of(name), checkpoint.span(name)) {
             let parts = vec![Part::Raw(file.map.clone(), span.from, span.to)];
             let (shape, bytes) = (span.shape.clone(), span.to - span.from);
-            shards[shard].push(Entry { name: name.into(), dtype: span.dtype, stored: None, shape, bytes, parts });
+            shards[shard].push(Entry {
+                name: name.into(),
+                dtype: span.dtype,
+                stored: None,
+                shape,
+                bytes,
+                parts,
+            });
         }
     }
     let same = options.layout == files.names().layout && options.dtype.is_none();
@@ -99,7 +114,8 @@ fn write_all(files: &ModelFiles, to: &Path, options: &ConvertOptions, orders: Op
     for (source, entries) in checkpoint.shards.iter().zip(&mut shards) {
         sort(entries);
         if same {
-            let place: BTreeMap<&str, usize> = source.order.iter().enumerate().map(|(i, n)| (n.as_str(), i)).collect();
+            let place: BTreeMap<&str, usize> =
+                source.order.iter().enumerate().map(|(i, n)| (n.as_str(), i)).collect();
             entries.sort_by_key(|e| place.get(e.name.as_str()).copied().unwrap_or(usize::MAX));
         }
         let name = source.path.file_name().and_then(|n| n.to_str()).unwrap_or(SINGLE).to_owned();
@@ -131,7 +147,8 @@ fn copy_others(checkpoint: &Checkpoint, to: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-        let weights = matches!(extension, "safetensors" | "bin" | "pt" | "pth" | "gguf") || path.ends_with(INDEX);
+        let weights =
+            matches!(extension, "safetensors" | "bin" | "pt" | "pth" | "gguf") || path.ends_with(INDEX);
         if let (false, true, Some(name)) = (weights, path.is_file(), path.file_name()) {
             copy(&path, &to.join(name))?;
         }
@@ -180,7 +197,9 @@ impl Writer<'_> {
                     }
                 }
             }
-            Role::Expert { layer, expert, matrix } => parts.push(self.matrix(layer, self.old(layer, expert), matrix)?),
+            Role::Expert { layer, expert, matrix } => {
+                parts.push(self.matrix(layer, self.old(layer, expert), matrix)?)
+            }
             Role::FusedGateUp { layer } => {
                 for new in 0..experts {
                     let old = self.old(layer, new);

@@ -39,11 +39,15 @@ impl TextTokenizer {
         }
         let tokenizer = Tokenizer::from_file(&file).map_err(|e| ModelError::bad(&file, "", e.to_string()))?;
         let vocab = tokenizer.get_vocab(true);
-        if let Some((token, id)) = vocab.iter().filter(|(_, id)| **id as usize >= spec.vocab_size).max_by_key(|(_, id)| **id) {
+        if let Some((token, id)) =
+            vocab.iter().filter(|(_, id)| **id as usize >= spec.vocab_size).max_by_key(|(_, id)| **id)
+        {
             let message = format!("has id {id}, the model's vocabulary has {}", spec.vocab_size);
             return Err(ModelError::bad(&file, format!("token {token:?}"), message));
         }
-        if let Some(id) = GenerationDefaults::read(dir)?.eos_ids.into_iter().find(|&id| tokenizer.id_to_token(id).is_none()) {
+        if let Some(id) =
+            GenerationDefaults::read(dir)?.eos_ids.into_iter().find(|&id| tokenizer.id_to_token(id).is_none())
+        {
             let message = format!("has no token for id {id}, which ends a text of this model");
             return Err(ModelError::bad(&file, "", message));
         }
@@ -60,7 +64,9 @@ impl TextTokenizer {
 
     /// The text of ids, special tokens left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(|e| ModelError::bad(&self.file, "decoding ids", e.to_string()))
+        self.tokenizer
+            .decode(ids, true)
+            .map_err(|e| ModelError::bad(&self.file, "decoding ids", e.to_string()))
     }
 
     /// Turns ids into text one by one: each call gives the text that has become certain.
@@ -87,9 +93,12 @@ impl TextTokenizer {
         env.set_trim_blocks(true);
         env.set_lstrip_blocks(true);
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
+        env.add_function(
+            "raise_exception",
+            |message: String| -> std::result::Result<String, minijinja::Error> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
         let values = context! {
             messages => messages,
             add_generation_prompt => true,

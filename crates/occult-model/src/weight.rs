@@ -122,15 +122,21 @@ impl Values<'_> {
         match self {
             Values::F32(v) => {
                 let bad = |x: &f32| !x.is_finite();
-                v.chunks(4096).any(|c| c.iter().fold(false, |a, x| a | bad(x))).then(|| v.iter().position(bad))?
+                v.chunks(4096)
+                    .any(|c| c.iter().fold(false, |a, x| a | bad(x)))
+                    .then(|| v.iter().position(bad))?
             }
             Values::Bf16(v) => {
                 let bad = |x: &bf16| x.to_bits() & 0x7f80 == 0x7f80;
-                v.chunks(4096).any(|c| c.iter().fold(false, |a, x| a | bad(x))).then(|| v.iter().position(bad))?
+                v.chunks(4096)
+                    .any(|c| c.iter().fold(false, |a, x| a | bad(x)))
+                    .then(|| v.iter().position(bad))?
             }
             Values::F16(v) => {
                 let bad = |x: &f16| x.to_bits() & 0x7c00 == 0x7c00;
-                v.chunks(4096).any(|c| c.iter().fold(false, |a, x| a | bad(x))).then(|| v.iter().position(bad))?
+                v.chunks(4096)
+                    .any(|c| c.iter().fold(false, |a, x| a | bad(x)))
+                    .then(|| v.iter().position(bad))?
             }
         }
     }

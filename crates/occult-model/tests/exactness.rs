@@ -22,7 +22,11 @@ fn each_case(check: impl Fn(&str) -> Result<f32, String>) {
 }
 
 fn within(diff: f32) -> Result<f32, String> {
-    if diff <= LIMIT { Ok(diff) } else { Err(format!("logits differ by {diff:.1e} of their range, limit {LIMIT:.0e}")) }
+    if diff <= LIMIT {
+        Ok(diff)
+    } else {
+        Err(format!("logits differ by {diff:.1e} of their range, limit {LIMIT:.0e}"))
+    }
 }
 
 #[test]
@@ -52,9 +56,11 @@ fn logits_and_routing_are_those_of_transformers() {
         assert_eq!(logits.dims(), reference.shape("logits"));
 
         let layers: Vec<(usize, usize)> = records.iter().map(|r| (r.0, r.1)).collect();
-        let expected: Vec<(usize, usize)> = model.spec().moe_layers().enumerate().map(|(i, l)| (l, i)).collect();
+        let expected: Vec<(usize, usize)> =
+            model.spec().moe_layers().enumerate().map(|(i, l)| (l, i)).collect();
         assert_eq!(layers, expected);
-        let ids: Vec<i64> = records.iter().flat_map(|r| r.2.expert_ids.iter().map(|&e| i64::from(e))).collect();
+        let ids: Vec<i64> =
+            records.iter().flat_map(|r| r.2.expert_ids.iter().map(|&e| i64::from(e))).collect();
         if ids != reference.ints("expert_ids") {
             return Err("router choices differ".into());
         }
@@ -106,8 +112,9 @@ fn left_padding_changes_nothing() {
         let full = reference.sequences();
         let (v, t) = (model.spec().vocab_size, full[0].len());
         let rows = mask.chunks(t).zip(&full);
-        let sequences: Vec<Vec<u32>> =
-            rows.map(|(m, s)| s.iter().zip(m).filter(|(_, m)| **m == 1).map(|(id, _)| *id).collect()).collect();
+        let sequences: Vec<Vec<u32>> = rows
+            .map(|(m, s)| s.iter().zip(m).filter(|(_, m)| **m == 1).map(|(id, _)| *id).collect())
+            .collect();
         assert!(sequences[1].len() < t, "the second sequence is shorter");
         let keep = |logits: &[f32]| -> Vec<f32> {
             logits.chunks(v).zip(&mask).filter(|(_, m)| **m == 1).flat_map(|(l, _)| l.to_vec()).collect()
@@ -127,9 +134,14 @@ fn left_padding_changes_nothing() {
         let head: Vec<&[u32]> = sequences.iter().map(|s| &s[..s.len() - 4]).collect();
         let tail: Vec<&[u32]> = sequences.iter().map(|s| &s[s.len() - 4..]).collect();
         model.forward(&Batch::new(&head).expect("head"), Some(&mut cache), Logits::Last, None).expect(case);
-        let tail = model.forward(&Batch::new(&tail).expect("tail"), Some(&mut cache), Logits::All, None).expect(case);
-        let ends: Vec<f32> =
-            reference.f32("padded.logits").chunks(t * v).flat_map(|row| row[(t - 4) * v..].to_vec()).collect();
+        let tail = model
+            .forward(&Batch::new(&tail).expect("tail"), Some(&mut cache), Logits::All, None)
+            .expect(case);
+        let ends: Vec<f32> = reference
+            .f32("padded.logits")
+            .chunks(t * v)
+            .flat_map(|row| row[(t - 4) * v..].to_vec())
+            .collect();
         let worst = difference(&keep(&values(&whole)), &want).max(difference(&values(&tail), &ends));
         within(worst)
     });
@@ -142,4 +154,62 @@ fn the_last_logits_are_the_last_of_all() {
     let all = values(&model.forward(&batch, None, Logits::All, None).expect("all"));
     let last = values(&model.forward(&batch, None, Logits::Last, None).expect("last"));
     assert!(difference(&last, &all[all.len() - last.len()..]) < 1e-6);
+}
+
+#[test]
+fn a_cache_that_grows_gives_the_logits_of_one_pass() {
+    let model = load("deepseek_v2-lite"); // context 640
+    let ids: Vec<u32> = (0..600).map(|i| (i * 37 + i / 7) % 96).collect();
+    let last = |logits: occult_model::Result<candle_core::Tensor>| values(&logits.expect("logits"));
+    let whole = last(model.forward(&Batch::single(&ids).expect("batch"), None, Logits::Last, None));
+    let mut cache = model.new_cache();
+    let mut records = 0;
+    let mut observe = |_: &RoutingRecord<'_>| {
+        records += 1;
+        Ok(())
+    };
+    let chunked = last(occult_model::prefill(&model, &ids, &mut cache, Some(&mut observe)));
+    assert_eq!(records, 2, "one MoE layer, two chunks");
+    assert!(difference(&chunked, &whole) <= LIMIT);
+    let mut cache = model.new_cache();
+    let mut single = Vec::new();
+    for &id in &ids {
+        single =
+            last(model.forward(&Batch::single(&[id]).expect("batch"), Some(&mut cache), Logits::Last, None));
+    }
+    assert!(difference(&single, &whole) <= LIMIT);
+}
+
+#[test]
+fn ids_files_and_logits_files() {
+    let temp = tempfile::tempdir().expect("temp");
+    let (model, reference) = (load("deepseek"), Reference::of("deepseek"));
+    let sequences = reference.sequences();
+    let json = temp.path().join("ids.json");
+    std::fs::write(&json, serde_json::to_string(&sequences).expect("json")).expect("write");
+    assert_eq!(occult_model::read_ids(&json).expect("ids"), sequences);
+    let tensors = common::dir("deepseek").join("reference.safetensors");
+    assert_eq!(occult_model::read_ids(&tensors).expect("ids"), sequences);
+
+    let out = temp.path().join("out.safetensors");
+    occult_model::write_logits(&model, &sequences, &out).expect("written");
+    let read = || candle_core::safetensors::load(&out, &candle_core::Device::Cpu).expect("output");
+    assert!(difference(&values(&read()["logits"]), &reference.f32("logits")) <= LIMIT);
+    assert_eq!(read()["expert_ids"].dims(), [2, 2, 24, 3]);
+    let ids: Vec<i64> = read()["expert_ids"].flatten_all().and_then(|t| t.to_vec1()).expect("ids");
+    assert_eq!(ids, reference.ints("expert_ids"));
+
+    // A shorter sequence is filled up.
+    occult_model::write_logits(&model, &[sequences[0].clone(), sequences[1][..10].to_vec()], &out)
+        .expect("written");
+    let filled = read()["logits"].clone();
+    assert_eq!(filled.dims(), [2, 24, 96]);
+    assert_eq!(values(&filled)[(24 + 10) * 96..], vec![0.0; 14 * 96]);
+    let short = values(&filled)[24 * 96..(24 + 10) * 96].to_vec();
+    assert!(difference(&short, &reference.f32("logits")[24 * 96..(24 + 10) * 96]) <= LIMIT);
+
+    std::fs::write(&json, "[[1, -2]]").expect("write");
+    assert!(occult_model::read_ids(&json).expect_err("negative").to_string().contains("ids.json"));
+    std::fs::write(&json, "[[]]").expect("write");
+    assert!(occult_model::read_ids(&json).is_err());
 }

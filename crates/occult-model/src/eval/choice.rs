@@ -103,13 +103,14 @@ pub fn read_items(path: &Path) -> Result<Vec<ChoiceItem>> {
     Ok(items)
 }
 
-/// Scores one question. `encode` turns text into ids without special tokens; `prefix` stands for an empty context.
+/// Scores one question. `encode` turns text into ids, with or without the special tokens that the tokenizer puts around
+/// every text; `prefix` stands for an empty context.
 ///
-/// The rules of lm-evaluation-harness: spaces at the end of the context belong to the choice; a choice's tokens are those
+/// The rules of lm-evaluation-harness (0.4.13): contexts get the tokenizer's special tokens; spaces at the end of the context belong to the choice; a choice's tokens are those
 /// of context and choice together beyond the number of the context's; too long an input loses its start.
 pub fn score_item(
     model: &Decoder,
-    encode: &dyn Fn(&str) -> Result<Vec<u32>>,
+    encode: &dyn Fn(&str, bool) -> Result<Vec<u32>>,
     prefix: Option<u32>,
     item: &ChoiceItem,
 ) -> Result<ItemScore> {
@@ -120,11 +121,12 @@ pub fn score_item(
     for choice in &item.choices {
         let continuation = format!("{spaces}{}{choice}", item.delimiter);
         let (context, target) = if item.context.is_empty() {
-            let start = prefix.ok_or_else(|| ModelError::request("an empty context needs a begin-of-text id"))?;
-            (vec![start], encode(&continuation)?)
+            let start =
+                prefix.ok_or_else(|| ModelError::request("an empty context needs a begin-of-text id"))?;
+            (vec![start], encode(&continuation, false)?)
         } else {
-            let whole = encode(&format!("{trimmed}{continuation}"))?;
-            let context = encode(trimmed)?;
+            let whole = encode(&format!("{trimmed}{continuation}"), true)?;
+            let context = encode(trimmed, true)?;
             let from = context.len().min(whole.len());
             (context, whole[from..].to_vec())
         };

@@ -1,9 +1,9 @@
 //! Perplexity of a text in windows.
 
-use crate::batch::Batch;
-use crate::decoder::{Decoder, Logits};
+use crate::decoder::Decoder;
 use crate::error::{ModelError, Result};
 use crate::eval::log_prob;
+use crate::generate::all_logits;
 use crate::moe::RoutingObserver;
 
 /// Sums over the scored tokens; texts add up.
@@ -29,7 +29,7 @@ impl Perplexity {
 }
 
 /// Scores every token of a text once, in windows of `window` inputs that do not overlap: the "rolling" rule of
-/// lm-evaluation-harness. The first token is conditioned on `prefix` (a begin-of-text id) and is not scored without one;
+/// lm-evaluation-harness, which encodes with the tokenizer's special tokens. The first token is conditioned on `prefix` (a begin-of-text id) and is not scored without one;
 /// the last window is filled up with the tokens before it.
 pub fn perplexity(
     model: &Decoder,
@@ -39,7 +39,8 @@ pub fn perplexity(
     mut observer: Option<&mut dyn RoutingObserver>,
 ) -> Result<Perplexity> {
     if window == 0 || window > model.spec().context_len {
-        let message = format!("window is {window}, expected 1 to {} (the model's context)", model.spec().context_len);
+        let message =
+            format!("window is {window}, expected 1 to {} (the model's context)", model.spec().context_len);
         return Err(ModelError::request(message));
     }
     let text: Vec<u32> = prefix.into_iter().chain(ids.iter().copied()).collect();
@@ -54,12 +55,17 @@ pub fn perplexity(
             Some(o) => Some(&mut **o),
             None => None,
         };
-        let logits = model.forward(&Batch::single(&text[start..to])?, None, Logits::All, observer)?;
-        let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-        for (row, &id) in logits.chunks_exact(vocab).zip(&text[start + 1..=to]).skip(from - start) {
-            result.nll -= log_prob(row, id);
-            result.tokens += 1;
-        }
+        let targets = &text[start + 1..=to];
+        all_logits(model, &text[start..to], observer, &mut |first, logits| {
+            for (i, row) in logits.chunks_exact(vocab).enumerate() {
+                // The inputs before `from` only fill the window.
+                if first + i >= from - start {
+                    result.nll -= log_prob(row, targets[first + i]);
+                    result.tokens += 1;
+                }
+            }
+            Ok(())
+        })?;
         from = to;
     }
     Ok(result)

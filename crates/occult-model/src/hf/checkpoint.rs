@@ -60,13 +60,22 @@ impl Checkpoint {
             let shard = match files.get(file.as_str()) {
                 Some(&s) => s,
                 None => {
-                    let plain = matches!(Path::new(file).components().collect::<Vec<_>>()[..], [Component::Normal(_)]);
+                    let plain = matches!(
+                        Path::new(file).components().collect::<Vec<_>>()[..],
+                        [Component::Normal(_)]
+                    );
                     if !plain {
-                        let message = format!("is said to be in {file:?}, expected the name of a file beside the index");
+                        let message = format!(
+                            "is said to be in {file:?}, expected the name of a file beside the index"
+                        );
                         return Err(ModelError::bad(&index, place(), message));
                     }
                     if !dir.join(file).exists() {
-                        return Err(ModelError::bad(&index, place(), format!("is in {file}, which is missing")));
+                        return Err(ModelError::bad(
+                            &index,
+                            place(),
+                            format!("is in {file}, which is missing"),
+                        ));
                     }
                     shards.push(Shard::open(&dir.join(file))?);
                     files.insert(file, shards.len() - 1);
@@ -112,7 +121,10 @@ impl Checkpoint {
 
     /// Bytes of all weights.
     pub fn total_bytes(&self) -> u64 {
-        self.tensors.iter().map(|(n, &s)| self.shards[s].tensors.get(n).map_or(0, |t| (t.to - t.from) as u64)).sum()
+        self.tensors
+            .iter()
+            .map(|(n, &s)| self.shards[s].tensors.get(n).map_or(0, |t| (t.to - t.from) as u64))
+            .sum()
     }
 
     pub(crate) fn shard_of(&self, name: &str) -> Option<usize> {
@@ -133,7 +145,14 @@ impl Checkpoint {
             let message = format!("has dtype {:?}; supported: F32, BF16, F16", span.dtype);
             return Err(ModelError::bad(&*shard.path, format!("tensor {name}"), message));
         };
-        Ok(Weight::mapped(&shard.map, (span.from, span.to), dtype, span.shape.clone(), name, shard.path.clone()))
+        Ok(Weight::mapped(
+            &shard.map,
+            (span.from, span.to),
+            dtype,
+            span.shape.clone(),
+            name,
+            shard.path.clone(),
+        ))
     }
 
     /// A tensor that must have this shape.

@@ -6,8 +6,8 @@ use super::keys::{Keys, MAX_EXPERTS, MAX_LAYER_EXPERTS, MAX_LAYERS, MAX_SIZE};
 use super::rope::rope;
 use crate::error::{ModelError, Result};
 use crate::spec::{
-    AttentionSpec, Family, GroupSpec, GroupedSpec, LatentSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling,
-    RouterSpec, SharedSpec,
+    AttentionSpec, Family, GroupSpec, GroupedSpec, LatentSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm,
+    RopeScaling, RouterSpec, SharedSpec,
 };
 
 /// Name of the configuration file.
@@ -36,7 +36,11 @@ fn spec_from(keys: &Keys) -> Result<ModelSpec> {
         return Err(keys.unsupported("model_type", found, &known));
     };
     if keys.get("quantization_config").is_some() {
-        return Err(keys.unsupported("quantization_config", "an object", "none: weights in F32, BF16 or F16"));
+        return Err(keys.unsupported(
+            "quantization_config",
+            "an object",
+            "none: weights in F32, BF16 or F16",
+        ));
     }
     keys.only("hidden_act", &["silu"])?;
     let heads = keys.usize("num_attention_heads", MAX_SIZE)?;
@@ -52,7 +56,8 @@ fn spec_from(keys: &Keys) -> Result<ModelSpec> {
     }
     let (mut attention, rotated) = attention(keys, family, &common)?;
     let rope = rope(keys, family, rotated)?;
-    if let (AttentionSpec::Latent(latent), RopeScaling::Yarn { factor, .. }) = (&mut attention, &rope.scaling) {
+    if let (AttentionSpec::Latent(latent), RopeScaling::Yarn { factor, .. }) = (&mut attention, &rope.scaling)
+    {
         latent.score_scale = score_scale(keys, *factor)?;
     }
     let moe = moe(keys, family)?;
@@ -65,7 +70,10 @@ fn spec_from(keys: &Keys) -> Result<ModelSpec> {
         vocab_size: keys.usize("vocab_size", MAX_SIZE)?,
         hidden_size: common.hidden,
         context_len: keys.usize("max_position_embeddings", 1 << 30)?,
-        norm_eps: keys.positive("rms_norm_eps", Some(if matches!(family, Family::Olmoe | Family::Mixtral) { 1e-5 } else { 1e-6 }))?,
+        norm_eps: keys.positive(
+            "rms_norm_eps",
+            Some(if matches!(family, Family::Olmoe | Family::Mixtral) { 1e-5 } else { 1e-6 }),
+        )?,
         tied_embeddings: keys.bool("tie_word_embeddings", false)?,
         attention,
         rope,
@@ -79,7 +87,11 @@ fn spec_from(keys: &Keys) -> Result<ModelSpec> {
 fn attention(keys: &Keys, family: Family, c: &Common) -> Result<(AttentionSpec, usize)> {
     if family == Family::DeepSeekV2 {
         if c.kv_heads != c.heads {
-            return Err(keys.unsupported("num_key_value_heads", c.kv_heads, &format!("{} (all heads)", c.heads)));
+            return Err(keys.unsupported(
+                "num_key_value_heads",
+                c.kv_heads,
+                &format!("{} (all heads)", c.heads),
+            ));
         }
         keys.only_bool("mlp_bias", false)?;
         let latent = LatentSpec {
@@ -161,7 +173,7 @@ fn layers(keys: &Keys, family: Family, c: &Common) -> Result<Vec<LayerSpec>> {
         let windowed = match (&types, family) {
             (Some(types), _) => types[i],
             // The released code: every other layer below max_window_layers.
-            (None, Family::Qwen2Moe) => i % 2 == 0 && i < window_layers,
+            (None, Family::Qwen2Moe) => i.is_multiple_of(2) && i < window_layers,
             _ => true,
         };
         LayerSpec {
@@ -196,12 +208,12 @@ fn moe_layers(keys: &Keys, family: Family) -> Result<Box<dyn Fn(usize) -> bool>>
         Family::Qwen2Moe | Family::Qwen3Moe => {
             let step = keys.usize_opt("decoder_sparse_step", 1, MAX_LAYERS)?.unwrap_or(1);
             let dense = keys.ids("mlp_only_layers")?;
-            Box::new(move |i| !dense.contains(&(i as u32)) && (i + 1) % step == 0)
+            Box::new(move |i| !dense.contains(&(i as u32)) && (i + 1).is_multiple_of(step))
         }
         Family::DeepSeek | Family::DeepSeekV2 => {
             let first = keys.usize_opt("first_k_dense_replace", 0, MAX_LAYERS)?.unwrap_or(0);
             let freq = keys.usize_opt("moe_layer_freq", 1, MAX_LAYERS)?.unwrap_or(1);
-            Box::new(move |i| i >= first && i % freq == 0)
+            Box::new(move |i| i >= first && i.is_multiple_of(freq))
         }
     })
 }
@@ -218,7 +230,11 @@ fn moe(keys: &Keys, family: Family) -> Result<MoeSpec> {
         let message = format!("is {top_k}, there are {num_experts} experts");
         return Err(keys.bad("num_experts_per_tok", message));
     }
-    let size = if matches!(family, Family::Olmoe | Family::Mixtral) { "intermediate_size" } else { "moe_intermediate_size" };
+    let size = if matches!(family, Family::Olmoe | Family::Mixtral) {
+        "intermediate_size"
+    } else {
+        "moe_intermediate_size"
+    };
     let expert_size = keys.usize(size, MAX_SIZE)?;
     let norm = keys.bool("norm_topk_prob", false)?;
     let mut router = RouterSpec { num_experts, top_k, norm_topk: norm, groups: None, scale: 1.0 };
@@ -248,7 +264,10 @@ fn moe(keys: &Keys, family: Family) -> Result<MoeSpec> {
             let num_groups = keys.usize("n_group", num_experts)?;
             let top_groups = keys.usize("topk_group", num_groups)?;
             if !num_experts.is_multiple_of(num_groups) {
-                return Err(keys.bad("n_group", format!("is {num_groups}, which does not divide {num_experts} experts")));
+                return Err(keys.bad(
+                    "n_group",
+                    format!("is {num_groups}, which does not divide {num_experts} experts"),
+                ));
             }
             if top_k > top_groups * (num_experts / num_groups) {
                 let message = format!("is {top_k}, but {top_groups} groups have fewer experts");

@@ -33,7 +33,11 @@ impl GenerationDefaults {
                 _ => config.ids(key),
             }
         };
-        let mut defaults = Self { bos_id: ids("bos_token_id")?.first().copied(), eos_ids: ids("eos_token_id")?, ..Self::default() };
+        let mut defaults = Self {
+            bos_id: ids("bos_token_id")?.first().copied(),
+            eos_ids: ids("eos_token_id")?,
+            ..Self::default()
+        };
         if let Some(keys) = &own {
             defaults.do_sample = keys.bool("do_sample", false)?;
             defaults.temperature = keys.f64_opt("temperature")?.map(|t| t as f32);

@@ -123,7 +123,9 @@ impl Keys {
     /// Errors unless an option is absent or one of `allowed`.
     pub(crate) fn only(&self, key: &str, allowed: &[&str]) -> Result<()> {
         match self.str_opt(key)? {
-            Some(found) if !allowed.contains(&found) => Err(self.unsupported(key, found, &allowed.join(", "))),
+            Some(found) if !allowed.contains(&found) => {
+                Err(self.unsupported(key, found, &allowed.join(", ")))
+            }
             _ => Ok(()),
         }
     }

@@ -14,4 +14,4 @@ pub(crate) use checkpoint::{INDEX, SINGLE, read_json};
 pub(crate) use config::CONFIG;
 pub use config::read_spec;
 pub use generation::GenerationDefaults;
-pub use names::{ExpertLayout, Matrix, Names, Role, TensorInfo};
+pub use names::{ExpertLayout, Matrix, Names, ParameterCounts, Role, TensorInfo};

@@ -177,7 +177,12 @@ impl Names {
                 }
                 list.linear(&format!("{p}.kv_a_proj_with_mqa"), a.kv_rank + a.rope_dim, d, a.bias);
                 list.other(&format!("{p}.kv_a_layernorm.weight"), &[a.kv_rank]);
-                list.linear(&format!("{p}.kv_b_proj"), a.num_heads * (a.nope_dim + a.v_dim), a.kv_rank, false);
+                list.linear(
+                    &format!("{p}.kv_b_proj"),
+                    a.num_heads * (a.nope_dim + a.v_dim),
+                    a.kv_rank,
+                    false,
+                );
                 list.linear(&format!("{p}.o_proj"), d, a.num_heads * a.v_dim, a.bias);
             }
         }
@@ -191,7 +196,11 @@ impl Names {
                 for expert in 0..e {
                     for matrix in [Matrix::Gate, Matrix::Up, Matrix::Down] {
                         let shape = if matrix == Matrix::Down { vec![d, f] } else { vec![f, d] };
-                        list.push(self.expert(layer, expert, matrix), shape, Role::Expert { layer, expert, matrix });
+                        list.push(
+                            self.expert(layer, expert, matrix),
+                            shape,
+                            Role::Expert { layer, expert, matrix },
+                        );
                     }
                 }
             }
@@ -218,7 +227,8 @@ impl Names {
             expected.insert(info.name);
         }
         // Old checkpoints carry the rotary frequencies; with tied embeddings some carry the output layer as well.
-        let ignored = |n: &str| n.ends_with(".rotary_emb.inv_freq") || (spec.tied_embeddings && n == "lm_head.weight");
+        let ignored =
+            |n: &str| n.ends_with(".rotary_emb.inv_freq") || (spec.tied_embeddings && n == "lm_head.weight");
         let extra: Vec<&str> = checkpoint.names().filter(|n| !expected.contains(*n) && !ignored(n)).collect();
         if let Some(first) = extra.first() {
             let message = format!(
@@ -232,6 +242,35 @@ impl Names {
             return Err(ModelError::bad(file, format!("tensor {first}"), message));
         }
         Ok(())
+    }
+}
+
+/// How many values a model has.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ParameterCounts {
+    /// All.
+    pub total: u64,
+    /// Those of the routed experts.
+    pub routed: u64,
+    /// Those that one token uses: all but the routed experts it does not visit.
+    pub active: u64,
+}
+
+impl ParameterCounts {
+    /// Counts from the shapes.
+    pub fn of(spec: &ModelSpec) -> Self {
+        let mut counts = Self::default();
+        for info in Names::new(spec.family, ExpertLayout::Fused).tensors(spec) {
+            let values = info.shape.iter().map(|&n| n as u64).product::<u64>();
+            counts.total += values;
+            if matches!(info.role, Role::FusedGateUp { .. } | Role::FusedDown { .. }) {
+                counts.routed += values;
+            }
+        }
+        let router = spec.moe.router;
+        counts.active =
+            counts.total - counts.routed + counts.routed / router.num_experts as u64 * router.top_k as u64;
+        counts
     }
 }
 
@@ -258,5 +297,41 @@ impl List {
         self.linear(&format!("{prefix}.gate_proj"), size, d, false);
         self.linear(&format!("{prefix}.up_proj"), size, d, false);
         self.linear(&format!("{prefix}.down_proj"), d, size, false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{GroupedSpec, LayerSpec, MoeSpec, RopeScaling, RopeSpec, RouterSpec};
+
+    #[test]
+    fn olmoe_has_seven_billion_parameters_and_uses_one() {
+        let grouped = GroupedSpec {
+            num_heads: 16,
+            num_kv_heads: 16,
+            head_dim: 128,
+            qkv_bias: false,
+            output_bias: false,
+            qk_norm: QkNorm::Full,
+            clip_qkv: None,
+        };
+        let router = RouterSpec { num_experts: 64, top_k: 8, norm_topk: false, groups: None, scale: 1.0 };
+        let spec = ModelSpec {
+            family: Family::Olmoe,
+            vocab_size: 50304,
+            hidden_size: 2048,
+            context_len: 4096,
+            norm_eps: 1e-5,
+            tied_embeddings: false,
+            attention: AttentionSpec::Grouped(grouped),
+            rope: RopeSpec { dim: 128, theta: 1e4, interleaved: false, scaling: RopeScaling::None },
+            layers: vec![LayerSpec { sliding_window: None, dense_size: None }; 16],
+            moe: MoeSpec { expert_size: 1024, router, shared: None },
+        };
+        let counts = ParameterCounts::of(&spec);
+        assert_eq!(counts.total, 6_919_161_856, "the published size");
+        assert_eq!(counts.routed, 16 * 64 * 3 * 1024 * 2048);
+        assert_eq!(counts.active, counts.total - counts.routed / 64 * 56);
     }
 }

@@ -47,7 +47,8 @@ fn yarn(keys: &Keys, block: &Keys) -> Result<RopeScaling> {
     let original_context =
         block.usize_opt("original_max_position_embeddings", 1, MAX_SIZE)?.unwrap_or(context);
     let factor = block.positive("factor", Some(context as f64 / original_context as f64))?;
-    let (fast, slow) = (block.f64_opt("mscale")?.unwrap_or(0.0), block.f64_opt("mscale_all_dim")?.unwrap_or(0.0));
+    let (fast, slow) =
+        (block.f64_opt("mscale")?.unwrap_or(0.0), block.f64_opt("mscale_all_dim")?.unwrap_or(0.0));
     let attention_factor = match block.f64_opt("attention_factor")? {
         Some(given) => given,
         None if fast != 0.0 && slow != 0.0 => mscale(factor, fast) / mscale(factor, slow),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::value::RawValue;
 
 use crate::error::{ModelError, Result};
@@ -42,7 +42,10 @@ impl Shard {
             return Err(bad("is not a file".into()));
         }
         if meta.len() < 8 {
-            return Err(bad(format!("is truncated: a safetensors file starts with 8 bytes, it has {}", meta.len())));
+            return Err(bad(format!(
+                "is truncated: a safetensors file starts with 8 bytes, it has {}",
+                meta.len()
+            )));
         }
         // SAFETY: the map is read-only and private to this process; bytes are only ever read as plain numbers, for which
         // every bit pattern is valid. What the language cannot promise is that no other process truncates or rewrites
@@ -55,7 +58,10 @@ impl Shard {
                 map.len() - 8
             )));
         }
-        let (length, parsed) = SafeTensors::read_metadata(&map).map_err(|e| bad(format!("broken header: {e}")))?;
+        let (length, parsed) = SafeTensors::read_metadata(&map).map_err(|e| match e {
+            SafeTensorError::MetadataIncompleteBuffer => bad(length_problem(&map, header as usize)),
+            e => bad(format!("broken header: {e}")),
+        })?;
         let data = 8 + length;
         let held = map.len() - data;
         let mut tensors = BTreeMap::new();
@@ -64,12 +70,15 @@ impl Shard {
         for (name, info) in parsed.tensors() {
             let (from, to) = info.data_offsets;
             if from > to || to > held {
-                let message = format!("ends at byte {to} of the data, but only {held} bytes are there: the file is truncated");
+                let message = format!(
+                    "ends at byte {to} of the data, but only {held} bytes are there: the file is truncated"
+                );
                 return Err(ModelError::bad(path, format!("tensor {name}"), message));
             }
             end = end.max(to);
             order.push((from, name.clone()));
-            let span = Span { dtype: info.dtype, shape: info.shape.clone(), from: data + from, to: data + to };
+            let span =
+                Span { dtype: info.dtype, shape: info.shape.clone(), from: data + from, to: data + to };
             tensors.insert(name, span);
         }
         if end != held {
@@ -84,6 +93,23 @@ impl Shard {
             order: order.into_iter().map(|(_, n)| n).collect(),
             metadata,
         })
+    }
+}
+
+/// The header describes another number of bytes than the file has.
+fn length_problem(map: &[u8], header: usize) -> String {
+    let held = map.len() - 8 - header;
+    let entries: BTreeMap<String, serde_json::Value> =
+        serde_json::from_slice(&map[8..8 + header]).unwrap_or_default();
+    let end = |(name, tensor): (&String, &serde_json::Value)| {
+        Some((tensor["data_offsets"][1].as_u64()?, name.clone()))
+    };
+    match entries.iter().filter_map(end).max() {
+        Some((end, name)) if end > held as u64 => {
+            format!("is truncated: tensor {name} ends at byte {end} of the data, {held} bytes are there")
+        }
+        Some((end, _)) => format!("describes {end} bytes of data, but holds {held}"),
+        None => format!("describes no data, but holds {held} bytes"),
     }
 }
 

@@ -84,7 +84,9 @@ pub(crate) fn write_file(path: &Path, metadata: Option<&str>, entries: &[Entry])
         let shape = json!(e.shape);
         let dtype = serde_json::to_string(&e.dtype)
             .map_err(|error| ModelError::bad(path, format!("tensor {}", e.name), error.to_string()))?;
-        header.push_str(&format!("{name}:{{\"dtype\":{dtype},\"shape\":{shape},\"data_offsets\":[{offset},{to}]}},"));
+        header.push_str(&format!(
+            "{name}:{{\"dtype\":{dtype},\"shape\":{shape},\"data_offsets\":[{offset},{to}]}},"
+        ));
         offset = to;
     }
     if header.ends_with(',') {
@@ -105,7 +107,12 @@ pub(crate) fn write_file(path: &Path, metadata: Option<&str>, entries: &[Entry])
 }
 
 /// Writes an index the way the Hugging Face libraries do. `metadata` is the source's object.
-pub(crate) fn write_index(path: &Path, metadata: Option<Value>, bytes: u64, files: &BTreeMap<String, String>) -> Result<()> {
+pub(crate) fn write_index(
+    path: &Path,
+    metadata: Option<Value>,
+    bytes: u64,
+    files: &BTreeMap<String, String>,
+) -> Result<()> {
     let mut metadata = metadata.filter(Value::is_object).unwrap_or_else(|| json!({}));
     metadata["total_size"] = json!(bytes);
     let index = json!({ "metadata": metadata, "weight_map": files });

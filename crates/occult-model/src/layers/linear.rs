@@ -58,7 +58,9 @@ impl CustomOp2 for MatmulNt {
         if k != w_k {
             candle_core::bail!("x has {k} columns, the weight {w_k}");
         }
-        let (Some((from, to)), Some((w_from, _))) = (x_layout.contiguous_offsets(), w_layout.contiguous_offsets()) else {
+        let (Some((from, to)), Some((w_from, _))) =
+            (x_layout.contiguous_offsets(), w_layout.contiguous_offsets())
+        else {
             candle_core::bail!("both sides must be contiguous");
         };
         let CpuStorage::F32(x) = x else { candle_core::bail!("x must be f32") };
@@ -100,7 +102,8 @@ mod tests {
         let x = Var::randn(0f32, 1.0, (2, 3, 8), &Device::Cpu)?;
         let w = Var::randn(0f32, 1.0, (70, 8), &Device::Cpu)?;
         let probe = Tensor::randn(0f32, 1.0, (2, 3, 70), &Device::Cpu)?;
-        let ours = (Linear::from_tensor(w.as_tensor().clone()).forward(&x)? * &probe)?.sum_all()?.backward()?;
+        let ours =
+            (Linear::from_tensor(w.as_tensor().clone()).forward(&x)? * &probe)?.sum_all()?.backward()?;
         let plain = (x.broadcast_matmul(&w.t()?)? * &probe)?.sum_all()?.backward()?;
         for var in [&x, &w] {
             let (a, b) = (ours.get(var), plain.get(var));

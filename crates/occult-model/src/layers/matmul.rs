@@ -21,7 +21,13 @@ pub(crate) enum Threads {
 const BLOCK: usize = 64;
 
 /// `x` `[m, k]`, `w` `[n, k]` starting at value `w_from`, result `[m, n]`.
-pub(crate) fn matmul_nt(x: &[f32], w: Values<'_>, w_from: usize, dims: (usize, usize, usize), threads: Threads) -> Vec<f32> {
+pub(crate) fn matmul_nt(
+    x: &[f32],
+    w: Values<'_>,
+    w_from: usize,
+    dims: (usize, usize, usize),
+    threads: Threads,
+) -> Vec<f32> {
     let (m, n, k) = dims;
     assert_eq!(x.len(), m * k, "rows of the left side");
     let mut out = vec![0.0; m * n];
@@ -117,7 +123,8 @@ mod tests {
 
     /// The definition, in f64.
     fn reference(x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize)) -> Vec<f64> {
-        let dot = |i: usize, j: usize| (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(w[j * k + c])).sum();
+        let dot =
+            |i: usize, j: usize| (0..k).map(|c| f64::from(x[i * k + c]) * f64::from(w[j * k + c])).sum();
         (0..m * n).map(|o| dot(o / n, o % n)).collect()
     }
 
@@ -132,7 +139,9 @@ mod tests {
             let h: Vec<f16> = w.iter().map(|&v| f16::from_f32(v)).collect();
             let wide: Vec<f32> = h.iter().map(|v| v.to_f32()).collect();
             for threads in [Threads::One, Threads::All] {
-                for (values, exact) in [(Values::F32(&w), &w), (Values::Bf16(&w16), &w), (Values::F16(&h), &wide)] {
+                for (values, exact) in
+                    [(Values::F32(&w), &w), (Values::Bf16(&w16), &w), (Values::F16(&h), &wide)]
+                {
                     let want = reference(&x, exact, dims);
                     let got = matmul_nt(&x, values, 0, dims, threads);
                     for (g, w) in got.iter().zip(&want) {

@@ -33,7 +33,14 @@ impl Rope {
         match &spec.scaling {
             RopeScaling::None => {}
             RopeScaling::Linear { factor } => inv_freq.iter_mut().for_each(|f| *f /= *factor as f32),
-            RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor, truncate } => {
+            RopeScaling::Yarn {
+                factor,
+                original_context,
+                beta_fast,
+                beta_slow,
+                attention_factor,
+                truncate,
+            } => {
                 scale = *attention_factor as f32;
                 let (low, high) = yarn_ramp(spec, *original_context, (*beta_fast, *beta_slow), *truncate);
                 for (i, f) in inv_freq.iter_mut().enumerate() {

@@ -45,7 +45,9 @@ pub struct LocalExperts {
 impl LocalExperts {
     /// One entry per expert, all of the same shapes.
     pub fn new(router: Router, experts: Vec<ExpertWeights>) -> Result<Self> {
-        let Some(first) = experts.first() else { return Err(ModelError::request("an MoE layer without experts")) };
+        let Some(first) = experts.first() else {
+            return Err(ModelError::request("an MoE layer without experts"));
+        };
         let &[f, hidden] = first.gate.shape() else {
             return Err(ModelError::request(format!("expert matrix {}: not a matrix", first.gate.name())));
         };

@@ -28,7 +28,8 @@ impl Router {
             return Err(ModelError::request(format!("router {}: shape {:?}", weight.name(), weight.shape())));
         };
         if experts != spec.num_experts {
-            let message = format!("router {}: {experts} rows for {} experts", weight.name(), spec.num_experts);
+            let message =
+                format!("router {}: {experts} rows for {} experts", weight.name(), spec.num_experts);
             return Err(ModelError::request(message));
         }
         Ok(Self { spec, layer, hidden, weight: weight.to_f32() })
@@ -61,7 +62,9 @@ impl Router {
             }
             order.clear();
             order.extend(0..e as ExpertId);
-            let best = |a: &ExpertId, b: &ExpertId| descending(scores[usize::from(*a)], scores[usize::from(*b)]).then(a.cmp(b));
+            let best = |a: &ExpertId, b: &ExpertId| {
+                descending(scores[usize::from(*a)], scores[usize::from(*b)]).then(a.cmp(b))
+            };
             if k < e {
                 order.select_nth_unstable_by(k - 1, best);
                 order.truncate(k);

@@ -45,7 +45,10 @@ pub struct Reference(HashMap<String, Tensor>);
 
 impl Reference {
     pub fn of(case: &str) -> Self {
-        Self(candle_core::safetensors::load(dir(case).join("reference.safetensors"), &Device::Cpu).expect("reference"))
+        Self(
+            candle_core::safetensors::load(dir(case).join("reference.safetensors"), &Device::Cpu)
+                .expect("reference"),
+        )
     }
 
     pub fn f32(&self, name: &str) -> Vec<f32> {
