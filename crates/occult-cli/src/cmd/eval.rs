@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use occult_model::eval::{ChoiceScores, Perplexity, perplexity, read_items, score_item};
+use occult_model::eval::{ChoiceItem, ChoiceScores, Perplexity, perplexity, read_items, score_item};
 use occult_model::hf::GenerationDefaults;
 use occult_model::{Decoder, TextTokenizer};
 use serde_json::{Value, json};
@@ -14,13 +14,17 @@ use crate::{inputs, model, progress};
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let dir = &args.load.model;
-    let decoder = model::load(&args.load)?;
-    let window = model::window(args.context, decoder.spec())?;
+    // What can be wrong without the weights is found before they are read.
+    let spec = occult_model::hf::read_spec(dir)?;
+    let window = model::window(args.context, &spec)?;
     let needs_text = !args.text.is_empty() || !args.tasks.is_empty();
-    let tokenizer = if needs_text { Some(model::tokenizer(dir, decoder.spec())?) } else { None };
+    let tokenizer = if needs_text { Some(model::tokenizer(dir, &spec)?) } else { None };
     let defaults = GenerationDefaults::read(dir)?;
     // As lm-evaluation-harness: what a text without a beginning is conditioned on.
     let prefix = defaults.bos_id.or(defaults.eos_ids.first().copied());
+    let questions = args.tasks.iter().map(|path| Ok((path.as_path(), read_items(path)?)));
+    let questions = questions.collect::<Result<Vec<_>>>()?;
+    let decoder = model::load(&args.load)?;
 
     let mut texts: Vec<(&Path, Perplexity)> = Vec::new();
     let mut total = Perplexity::default();
@@ -51,9 +55,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     bar.finish_and_clear();
 
     let mut tasks = Vec::new();
-    for path in &args.tasks {
+    for (path, items) in &questions {
         let Some(tokenizer) = &tokenizer else { continue };
-        tasks.push((path, choices(path, &decoder, tokenizer, prefix)?));
+        tasks.push((path, choices(path, items, &decoder, tokenizer, prefix)?));
     }
 
     if args.json {
@@ -92,11 +96,11 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
 
 fn choices(
     path: &Path,
+    items: &[ChoiceItem],
     decoder: &Decoder,
     tokenizer: &TextTokenizer,
     prefix: Option<u32>,
 ) -> Result<ChoiceScores> {
-    let items = read_items(path)?;
     let encode = |text: &str, special: bool| tokenizer.encode(text, special);
     let mut scores = ChoiceScores::default();
     let bar = progress::bar(items.len() as u64, "questions");

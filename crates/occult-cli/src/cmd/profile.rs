@@ -4,7 +4,6 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use indicatif::ProgressBar;
 use occult_formats::{FormatError, ProfileMeta, ProfileWriter, Source};
 use occult_model::{Decoder, ModelError, RoutingRecord, prefill};
 use serde_json::json;
@@ -14,9 +13,8 @@ use crate::output::{print, print_json};
 use crate::{inputs, model, progress};
 
 pub(super) fn run(args: &ProfileArgs) -> Result<()> {
-    // Everything that can be wrong without the weights is found before they are read.
-    let decoder = model::load(&args.load)?;
-    let spec = decoder.spec();
+    // What can be wrong without the weights is found before they are read.
+    let spec = &occult_model::hf::read_spec(&args.load.model)?;
     let window = model::window(args.context, spec)?;
     let max = args.max_tokens.unwrap_or(usize::MAX);
     if max == 0 {
@@ -49,6 +47,7 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
     let meta = ProfileMeta { source, domains: domains.clone(), ..model::profile_meta(spec, name) };
     let mut recorder =
         Recorder { writer: ProfileWriter::create(&args.output, meta)?, domain: 0, error: None };
+    let decoder = model::load(&args.load)?;
 
     let bar = progress::bar(0, "tokens");
     let (start, mut tokens) = (Instant::now(), 0);
@@ -66,7 +65,7 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
             for ids in sequence.chunks(window) {
                 recorder.run(&decoder, ids).with_context(|| path.display().to_string())?;
                 tokens += ids.len();
-                count(&bar, ids.len());
+                bar.inc(ids.len() as u64);
             }
         }
     }
@@ -89,10 +88,6 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
         meta.num_experts,
         spec.moe.router.top_k,
     ))
-}
-
-fn count(bar: &ProgressBar, tokens: usize) {
-    bar.inc(tokens as u64);
 }
 
 /// Name of the domain of a file.
