@@ -12,6 +12,9 @@ use safetensors::{Dtype, SafeTensors};
 /// Largest input file, which is read whole.
 const MAX_BYTES: u64 = 1 << 30;
 
+/// Tokens before a cut through a text that are not used.
+const CUT_MARGIN: usize = 64;
+
 fn read(path: &Path) -> Result<Vec<u8>> {
     let what = || format!("cannot read {}", path.display());
     let mut bytes = Vec::new();
@@ -26,12 +29,27 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 pub(crate) fn text(path: &Path, tokenizer: &TextTokenizer, max: Option<usize>) -> Result<Vec<u32>> {
     let text =
         String::from_utf8(read(path)?).with_context(|| format!("{}: is not UTF-8 text", path.display()))?;
-    let mut ids = tokenizer.encode(&text, true)?;
+    let start = max.and_then(|max| beginning(&text, max));
+    let mut ids = match start {
+        Some(start) => tokenizer.encode(start, true)?,
+        None => Vec::new(),
+    };
+    // Tokens near a cut may be others than in the whole text.
+    if start.is_none() || max.is_some_and(|max| ids.len() < max.saturating_add(CUT_MARGIN)) {
+        ids = tokenizer.encode(&text, true)?;
+    }
     if ids.is_empty() {
         bail!("{}: has no tokens", path.display());
     }
     ids.truncate(max.unwrap_or(usize::MAX));
     Ok(ids)
+}
+
+/// The first part of a long text that has surely enough tokens in ordinary language.
+fn beginning(text: &str, max: usize) -> Option<&str> {
+    let bytes = max.checked_add(CUT_MARGIN)?.checked_mul(16)?;
+    let end = (bytes..text.len()).take(4).find(|&i| text.is_char_boundary(i))?;
+    text.get(..end)
 }
 
 /// Sequences of token ids: a JSON list of lists, or safetensors with `input_ids` `[batch, len]` and optionally

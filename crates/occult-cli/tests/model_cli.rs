@@ -252,6 +252,21 @@ fn text_becomes_domains_windows_and_a_limited_number_of_tokens() {
 }
 
 #[test]
+fn a_limit_on_a_long_text_gives_the_first_tokens_of_the_whole() {
+    let dir = Dir::new();
+    let long = dir.write("long.txt", &"we share the experts of a token, and keep it; ".repeat(400));
+    let run = |name: &str, more: &[&str]| {
+        let out = dir.path(name);
+        done(&[&["profile", &model("olmoe"), "--text", &long, "-o", &out][..], more].concat());
+        let profile = Profile::open(Path::new(&out)).expect("a profile");
+        profile.read_rows(0, Columns::ALL, usize::MAX).expect("rows").routing
+    };
+    let (whole, limited) = (run("whole", &[]), run("limited", &["--max-tokens", "64"]));
+    assert_eq!((limited.num_tokens(), whole.num_tokens() > 2000), (64, true));
+    assert_eq!(limited.scores.expect("scores"), whole.scores.expect("scores")[..64 * 16]);
+}
+
+#[test]
 fn profile_place_permute_gives_the_same_logits_in_another_order() {
     let dir = Dir::new();
     for case in ["olmoe", "qwen3_moe-window-bias-fused-bf16", "qwen2_moe-sharded-bf16"] {

@@ -115,9 +115,10 @@ impl Recorder {
             })
         };
         let result = prefill(decoder, ids, &mut decoder.new_cache(), Some(&mut observe));
-        match self.error.take() {
-            Some(error) => Err(error.into()),
-            None => Ok(drop(result?)),
+        if let Some(error) = self.error.take() {
+            return Err(error.into());
         }
+        result?;
+        Ok(())
     }
 }
