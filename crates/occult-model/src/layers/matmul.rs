@@ -17,8 +17,11 @@ pub(crate) enum Threads {
     All,
 }
 
-/// Rows of `W` that are widened and multiplied at a time.
-const BLOCK: usize = 64;
+/// Rows of `W` that are widened and multiplied at a time. The GEMM library packs `x` once per block: few rows of `x` want
+/// small blocks (more threads, a panel that stays in cache), many rows want large ones.
+fn block_rows(m: usize) -> usize {
+    if m <= 8 { 64 } else { 256 }
+}
 
 /// `x` `[m, k]`, `w` `[n, k]` starting at value `w_from`, result `[m, n]`.
 pub(crate) fn matmul_nt(
@@ -35,8 +38,9 @@ pub(crate) fn matmul_nt(
         return out;
     }
     let shared = Output(out.as_mut_ptr());
+    let size = block_rows(m);
     let block = |b: usize| {
-        let (from, to) = (b * BLOCK, ((b + 1) * BLOCK).min(n));
+        let (from, to) = (b * size, ((b + 1) * size).min(n));
         let mut panel = Vec::new();
         let w: &[f32] = match w {
             Values::F32(w) => &w[w_from + from * k..w_from + to * k],
@@ -50,7 +54,7 @@ pub(crate) fn matmul_nt(
         // threads get the same element, and `out` outlives the loop.
         unsafe { product(x, w, (m, to - from, k), shared.at(from), n) };
     };
-    let blocks = n.div_ceil(BLOCK);
+    let blocks = n.div_ceil(size);
     if threads == Threads::One || blocks == 1 {
         (0..blocks).for_each(block);
     } else {
@@ -131,7 +135,7 @@ mod tests {
     #[test]
     fn products_of_all_formats_match_the_definition() {
         let value = |i: usize| ((i * 7919) % 1009) as f32 / 504.0 - 1.0;
-        for dims in [(1, 1, 1), (1, 64, 32), (3, 65, 17), (5, 200, 96), (40, 130, 64)] {
+        for dims in [(1, 1, 1), (1, 64, 32), (3, 65, 17), (5, 200, 96), (40, 130, 64), (9, 515, 33)] {
             let (m, n, k) = dims;
             let x: Vec<f32> = (0..m * k).map(value).collect();
             let w: Vec<f32> = (0..n * k).map(|i| bf16::from_f32(value(i + 5)).to_f32()).collect();
