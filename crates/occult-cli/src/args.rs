@@ -151,7 +151,7 @@ pub(crate) struct SearchArgs {
     #[arg(long, value_name = "N", conflicts_with = "equal")]
     pub(crate) max_experts_per_rank: Option<usize>,
     /// Keep the routing groups of a group-limited router whole, for a checkpoint permutation [number of groups]
-    #[arg(long, value_name = "GROUPS")]
+    #[arg(long, value_name = "GROUPS", conflicts_with = "replicas")]
     pub(crate) keep_groups: Option<usize>,
     /// Cost of a rank that a token visits [default: 1, or from --cluster]
     #[arg(long, value_name = "COST")]
@@ -314,7 +314,7 @@ pub(crate) struct ExportArgs {
     /// Hidden layers of the model, dense ones included, where the placement does not say it
     #[arg(long, value_name = "N")]
     pub(crate) hidden_layers: Option<u32>,
-    /// Routing groups of a group-limited router, which a permutation must keep whole
+    /// Routing groups of a group-limited router, which a permutation must keep whole [default: what --profile says]
     #[arg(long, value_name = "N")]
     pub(crate) groups: Option<usize>,
 }

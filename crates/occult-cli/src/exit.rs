@@ -18,6 +18,19 @@ pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
     ExitCode::from(if infeasible { 3 } else { 1 })
 }
 
+/// The error and its causes on one line. Many of our errors quote their cause, which is not said again.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if cause.starts_with(&message) {
+            message = cause;
+        } else if !message.ends_with(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
+    message
+}
+
 /// Whether the reader of our output went away (`occult ... | head`).
 pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
@@ -27,4 +40,26 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
         };
         io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let range = || PlanError::range("max_ranks", "at least 1", 0);
+        let plan = FormatError::plan("p.safetensors", 2, 0, range());
+        let error = anyhow::Error::from(plan).context("p.safetensors");
+        assert_eq!(message(&error), "p.safetensors: layer 2: max_ranks is 0, expected at least 1");
+        let error = anyhow::Error::from(range()).context("a.st: layer 1");
+        assert_eq!(message(&error), "a.st: layer 1: max_ranks is 0, expected at least 1");
+    }
+
+    #[test]
+    fn infeasible_has_a_code_of_its_own() {
+        let infeasible = PlanError::Infeasible("why".to_owned()).in_layer(3);
+        assert_eq!(code(&anyhow::Error::from(infeasible).context("x")), ExitCode::from(3));
+        assert_eq!(code(&anyhow::Error::from(PlanError::NoTokens)), ExitCode::from(1));
+    }
 }

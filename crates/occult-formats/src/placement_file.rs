@@ -237,7 +237,8 @@ fn problem(meta: &PlacementMeta, layers: usize) -> Option<String> {
     }
 }
 
-/// Writes a file under a temporary name in the same folder and renames it: nobody ever sees half of it.
+/// Writes a file under a temporary name in the same folder and renames it: nobody ever sees half of it. A link keeps being
+/// one: what it points to is replaced. A device or a pipe is written to as it is.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomic_with(path, |file| file.write_all(bytes).map_err(|e| FormatError::io("write", path, e)))
 }
@@ -252,6 +253,12 @@ pub fn write_atomic_with<E: From<FormatError>>(
         let message = "is a directory, expected the name of a file to write";
         return Err(FormatError::bad(path, "", message).into());
     }
+    if path.exists() && !path.is_file() {
+        let mut file = std::fs::OpenOptions::new().write(true).open(path).map_err(write)?;
+        return file.write_all(bytes).map_err(write);
+    }
+    let target = io::link_target(path)?;
+    let path = target.as_path();
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     builder.prefix(".occult-");
