@@ -243,7 +243,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomic_with(path, |file| file.write_all(bytes).map_err(|e| FormatError::io("write", path, e)))
 }
 
-/// Writes a file piece by piece: it appears under its name, synced, when `write` is done, and not at all after an error.
+/// As [`write_atomic`], piece by piece: the file appears under its name, synced, when `write` is done, and not at all after
+/// an error.
 pub fn write_atomic_with<E: From<FormatError>>(
     path: &Path,
     write: impl FnOnce(&mut std::fs::File) -> Result<(), E>,
@@ -254,8 +255,8 @@ pub fn write_atomic_with<E: From<FormatError>>(
         return Err(FormatError::bad(path, "", message).into());
     }
     if path.exists() && !path.is_file() {
-        let mut file = std::fs::OpenOptions::new().write(true).open(path).map_err(write)?;
-        return file.write_all(bytes).map_err(write);
+        let mut file = std::fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
+        return write(&mut file);
     }
     let target = io::link_target(path)?;
     let path = target.as_path();
