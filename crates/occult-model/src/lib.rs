@@ -21,7 +21,6 @@ pub mod hf;
 mod kv_cache;
 mod layers;
 mod load;
-mod logits_file;
 mod mask;
 mod moe;
 mod permute;
@@ -39,7 +38,6 @@ pub use generate::{GenerateOptions, Generated, PREFILL_CHUNK, Stop, all_logits, 
 pub use kv_cache::KvCache;
 pub use layers::{Linear, Mlp};
 pub use load::{LoadOptions, MakeMoeLayer, ModelFiles};
-pub use logits_file::{read_ids, write_logits};
 pub use moe::{ExpertWeights, LocalExperts, MoeLayer, Router, RoutingObserver, RoutingRecord};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use rewrite::{ConvertOptions, convert};

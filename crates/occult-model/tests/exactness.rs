@@ -179,37 +179,3 @@ fn a_cache_that_grows_gives_the_logits_of_one_pass() {
     }
     assert!(difference(&single, &whole) <= LIMIT);
 }
-
-#[test]
-fn ids_files_and_logits_files() {
-    let temp = tempfile::tempdir().expect("temp");
-    let (model, reference) = (load("deepseek"), Reference::of("deepseek"));
-    let sequences = reference.sequences();
-    let json = temp.path().join("ids.json");
-    std::fs::write(&json, serde_json::to_string(&sequences).expect("json")).expect("write");
-    assert_eq!(occult_model::read_ids(&json).expect("ids"), sequences);
-    let tensors = common::dir("deepseek").join("reference.safetensors");
-    assert_eq!(occult_model::read_ids(&tensors).expect("ids"), sequences);
-
-    let out = temp.path().join("out.safetensors");
-    occult_model::write_logits(&model, &sequences, &out).expect("written");
-    let read = || candle_core::safetensors::load(&out, &candle_core::Device::Cpu).expect("output");
-    assert!(difference(&values(&read()["logits"]), &reference.f32("logits")) <= LIMIT);
-    assert_eq!(read()["expert_ids"].dims(), [2, 2, 24, 3]);
-    let ids: Vec<i64> = read()["expert_ids"].flatten_all().and_then(|t| t.to_vec1()).expect("ids");
-    assert_eq!(ids, reference.ints("expert_ids"));
-
-    // A shorter sequence is filled up.
-    occult_model::write_logits(&model, &[sequences[0].clone(), sequences[1][..10].to_vec()], &out)
-        .expect("written");
-    let filled = read()["logits"].clone();
-    assert_eq!(filled.dims(), [2, 24, 96]);
-    assert_eq!(values(&filled)[(24 + 10) * 96..], vec![0.0; 14 * 96]);
-    let short = values(&filled)[24 * 96..(24 + 10) * 96].to_vec();
-    assert!(difference(&short, &reference.f32("logits")[24 * 96..(24 + 10) * 96]) <= LIMIT);
-
-    std::fs::write(&json, "[[1, -2]]").expect("write");
-    assert!(occult_model::read_ids(&json).expect_err("negative").to_string().contains("ids.json"));
-    std::fs::write(&json, "[[]]").expect("write");
-    assert!(occult_model::read_ids(&json).is_err());
-}
