@@ -35,8 +35,7 @@ pub(crate) enum Command {
     Stats(StatsArgs),
     /// Measure a placement on a profile: rows and bytes per rank pair, load, predicted time
     #[command(
-        after_help = "Example:\n  occult traffic profile.safetensors placement.json --hidden 2048 --dtype bf16 \
-                            --cluster 8xa6000-pcie"
+        after_help = "Example:\n  occult traffic profile.safetensors placement.json --hidden 2048 --cluster 8xa6000-pcie"
     )]
     Traffic(TrafficArgs),
     /// Decide which rank holds which expert

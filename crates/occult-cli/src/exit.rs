@@ -9,6 +9,17 @@ use occult_plan::PlanError;
 pub(crate) const HELP: &str = "Exit codes:\n  0  done\n  1  a file is not what it should be, or something cannot be read, \
                                written or computed\n  2  wrong usage\n  3  no placement within the limits was found";
 
+/// An error with its causes in one line. Many errors already say their cause: it is not said again.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Exit code of an error.
 pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
     let infeasible = error.chain().any(|cause| match cause.downcast_ref::<PlanError>() {
@@ -27,4 +38,17 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
         };
         io.is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context as _;
+
+    #[test]
+    fn causes_are_said_once() {
+        let layer = Err::<(), _>(PlanError::NoTokens.in_layer(3)).context("a.safetensors").unwrap_err();
+        assert_eq!(message(&layer), "a.safetensors: layer 3: there are no tokens");
+        assert_eq!(message(&PlanError::NoTokens.into()), "there are no tokens");
+    }
 }

@@ -28,7 +28,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if exit::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("occult: {error:#}");
+            eprintln!("occult: {}", exit::message(&error));
             exit::code(&error)
         }
     }

@@ -10,5 +10,5 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     if args.json {
         return print_json(&object(&description, serde_json::json!({ "file": args.file }))?);
     }
-    print(&format!("{}: {description}\n", args.file.display()))
+    print(&description.to_string())
 }
