@@ -33,8 +33,9 @@ fn help_lists_every_command_and_the_exit_codes() {
         says(&own.stdout, &[&format!("Usage: occult {command}")]);
         let examples = examples(&own.stdout);
         assert!(examples.iter().all(|e| e.split(' ').next() == Some(command)), "{examples:?}");
-        let prints_figures = !["export"].contains(&command);
-        assert!(own.stdout.contains("--json") || !prints_figures || command == "report", "{command}: no --json");
+        // These two write files and print no figures.
+        let prints_figures = !["export", "report"].contains(&command);
+        assert_eq!(own.stdout.contains("--json"), prints_figures, "{command}");
     }
     assert_eq!(lab.ok("--version").stdout, format!("occult {}\n", env!("CARGO_PKG_VERSION")));
     assert!(lab.names().is_empty(), "help writes nothing");
@@ -68,7 +69,7 @@ fn examples_run_as_they_are_printed() {
         }
     }
     assert!(run >= 12, "{run}");
-    for name in ["expert_location.json", "report.html", "imported.safetensors", "placement.json"] {
+    for name in ["map.json", "report.html", "imported.safetensors", "placement.json"] {
         assert!(!lab.read(name).is_empty());
     }
 }
@@ -217,7 +218,9 @@ fn import_needs_the_number_of_experts_from_somewhere() {
     rows.metadata.clear();
     lab.write("a.safetensors", rows.safetensors());
     says(&lab.refused(1, "import a.safetensors -o p.safetensors"), &["a.safetensors", "--experts"]);
-    let made = lab.figures("import a.safetensors --experts 16 -o p.safetensors --model tiny --layer-ids 1,4 --hidden-layers 6");
+    let made = lab.figures(
+        "import a.safetensors --experts 16 -o p.safetensors --model tiny --layer-ids 1,4 --hidden-layers 6",
+    );
     assert_eq!(made["meta"]["num_experts"], 16);
     assert_eq!(made["meta"]["model"], "tiny");
     assert_eq!(ints(&made["meta"]["layer_ids"]), [1, 4]);
@@ -249,9 +252,14 @@ fn inspect_knows_what_the_program_reads_and_writes() {
         let facts = lab.figures(&format!("inspect {file}"));
         assert_eq!(facts["kind"], kind, "{facts}");
         assert_eq!(facts["format"].as_str(), format, "{facts}");
-        says(&lab.ok(&format!("inspect {file}")).stdout, &[file]);
+        let text = lab.ok(&format!("inspect {file}")).stdout;
+        assert!(text.starts_with(&format!("{file}: ")), "{text}");
+        assert!(!text[1..].contains(&format!("{file}: ")), "said twice: {text}");
     }
-    says(&lab.ok("inspect profile.safetensors").stdout, &["8 experts"]);
+    says(
+        &lab.ok("inspect profile.safetensors").stdout,
+        &["routing profile", "experts    8", "rows       64"],
+    );
 }
 
 #[cfg(unix)]

@@ -24,8 +24,8 @@ struct LayerResult {
 }
 
 pub(super) fn run(args: &PlaceArgs) -> Result<()> {
-    let profile = setup::profile(&args.profile)?;
     let topology = setup::topology(&args.topology)?;
+    let profile = setup::profile(&args.profile)?;
     let cluster = setup::cluster(&args.cluster, topology)?;
     let meta = profile.meta();
     let threads = setup::threads(args.search.threads);

@@ -25,11 +25,13 @@ impl Table {
         let mut table = Self { experts, ranks, nodes, layer_ids: vec![], layers: vec![] };
         for layer in file["layers"].as_array().unwrap() {
             table.layer_ids.push(layer["layer"].as_u64().unwrap() as usize);
-            let lists: Vec<Vec<usize>> =
-                layer["ranks"].as_array().unwrap().iter().map(super::ints).collect();
+            let lists: Vec<Vec<usize>> = layer["ranks"].as_array().unwrap().iter().map(super::ints).collect();
             assert_eq!(lists.len(), ranks);
             for list in &lists {
-                assert!(list.iter().collect::<BTreeSet<_>>().len() == list.len(), "twice on a rank: {list:?}");
+                assert!(
+                    list.iter().collect::<BTreeSet<_>>().len() == list.len(),
+                    "twice on a rank: {list:?}"
+                );
             }
             let all: BTreeSet<usize> = lists.iter().flatten().copied().collect();
             assert_eq!(all, (0..experts).collect(), "every expert is placed");
@@ -87,8 +89,8 @@ impl Table {
         m.intra = intra as f64 / pairs as f64;
         let k = rows[0].0.len() as f64;
         m.intra_with_self = (k + 2.0 * intra as f64 / tokens as f64) / (k * k);
-        m.load_ratio = *m.load.iter().max().unwrap() as f64 * self.ranks as f64
-            / m.load.iter().sum::<u64>() as f64;
+        m.load_ratio =
+            *m.load.iter().max().unwrap() as f64 * self.ranks as f64 / m.load.iter().sum::<u64>() as f64;
         m
     }
 
