@@ -100,7 +100,7 @@ pub(crate) struct ClusterArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct SearchArgs {
-    /// Hard cap on max/mean load [default: 1.25, or what the hottest expert of a layer needs]
+    /// Hard cap on max/mean load [default: 1.1, or what the hottest expert of a layer needs]
     #[arg(long, value_parser = load_cap, value_name = "X")]
     pub(crate) load_cap: Option<f64>,
     /// Extra expert slots per layer for replicas, all ranks together

@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 
 use crate::tokens;
 
-/// A domain whose copies per token are this much above the mean of all is named in a warning.
+/// A domain whose copies per token are this much above those of all rows is named in a warning.
 const COPIES_MARGIN: f64 = 1.10;
 /// Likewise for its max/mean load.
-const LOAD_MARGIN: f64 = 1.5;
+const LOAD_MARGIN: f64 = 1.40;
 
 /// One domain in one layer.
 #[derive(Debug, Clone, Copy)]
@@ -74,29 +74,25 @@ pub(crate) fn mean_json<'a>(names: &[String], layers: impl Iterator<Item = &'a [
     Value::Array(figures.collect())
 }
 
-/// A sentence for every domain that the placement serves clearly worse than the mean of domains.
+/// A sentence for every domain that the placement serves clearly worse than all rows together, which have `copies` per
+/// token at max/mean `load`.
 pub(crate) fn disagreement<'a>(
     names: &[String],
     layers: impl Iterator<Item = &'a [DomainFigures]>,
+    (copies, load): (f64, f64),
 ) -> Vec<String> {
-    let means = means(layers);
-    let mean = |f: fn(&DomainFigures) -> f64| means.iter().map(f).sum::<f64>() / means.len().max(1) as f64;
-    let (copies, load) = (mean(|f| f.copies_per_token), mean(|f| f.load_max_over_mean));
-    let bad = |f: &&DomainFigures| {
+    let worse = |f: &DomainFigures| {
         f.copies_per_token > COPIES_MARGIN * copies || f.load_max_over_mean > LOAD_MARGIN * load
     };
-    means
-        .iter()
-        .filter(bad)
-        .map(|f| {
-            format!(
-                "the domains disagree: {} has {:.3} copies per token at load {:.3}, their mean is {copies:.3} at {load:.3}",
-                name(names, f.domain),
-                f.copies_per_token,
-                f.load_max_over_mean
-            )
-        })
-        .collect()
+    let sentence = |f: DomainFigures| {
+        format!(
+            "the domains disagree: {} alone has {:.3} copies per token at load {:.3}, all rows together {copies:.3} at {load:.3}",
+            name(names, f.domain),
+            f.copies_per_token,
+            f.load_max_over_mean
+        )
+    };
+    means(layers).into_iter().filter(worse).map(sentence).collect()
 }
 
 #[cfg(test)]
@@ -116,9 +112,9 @@ mod tests {
         let figures = measure(&rows, &[0, 0, 1, 1], &placement, Topology::flat(2).unwrap()).unwrap();
         assert_eq!((figures[0].copies_per_token, figures[1].copies_per_token), (1.0, 2.0));
         let names = ["prose".to_owned(), "code".to_owned()];
-        let warnings = disagreement(&names, [figures.as_slice(), &figures].into_iter());
+        let warnings = disagreement(&names, [figures.as_slice(), &figures].into_iter(), (1.5, 1.0));
         assert_eq!(warnings.len(), 1);
-        assert!(warnings[0].contains("code has 2.000 copies"), "{warnings:?}");
-        assert!(disagreement(&names, [&figures[..1]].into_iter()).is_empty());
+        assert!(warnings[0].contains("code alone has 2.000 copies"), "{warnings:?}");
+        assert!(disagreement(&names, [&figures[..1]].into_iter(), (1.0, 2.0)).is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! The `occult` command: arguments become requests ([`args`]), requests are carried out ([`cmd`]), results are printed as
+//! The `occult` command: arguments become requests (`args`), requests are carried out (`cmd`), results are printed as
 //! tables or JSON, and reports are rendered ([`report`]). Threads, clocks and terminals live here and nowhere below.
 #![forbid(unsafe_code)]
 

@@ -11,7 +11,7 @@ use occult_plan::{CoActivation, LayerPlacement, PlanError, RoutingBuf, Topology,
 use crate::args::SearchArgs;
 
 /// Default cap on max/mean load. A layer whose hottest expert alone is above it gets the least cap found instead.
-pub(crate) const DEFAULT_LOAD_CAP: f64 = 1.25;
+pub(crate) const DEFAULT_LOAD_CAP: f64 = 1.1;
 
 /// What a placement of one layer is made from.
 pub(crate) enum LayerInput<'a> {
@@ -41,6 +41,8 @@ impl LayerInput<'_> {
 pub(crate) struct Placed {
     pub(crate) placement: LayerPlacement,
     pub(crate) search: Option<SearchOutcome>,
+    /// Wall-clock seconds that the method took.
+    pub(crate) seconds: f64,
 }
 
 /// How to place, for all layers.
@@ -90,7 +92,8 @@ impl Placer {
     pub(crate) fn place(&self, method: Method, input: &LayerInput<'_>) -> Result<Placed> {
         let (e, topology) = (input.num_experts(), self.topology);
         let w = topology.num_ranks();
-        let done = |placement| Ok(Placed { placement, search: None });
+        let start = Instant::now();
+        let done = |placement| Ok(Placed { placement, search: None, seconds: start.elapsed().as_secs_f64() });
         match (method, input) {
             (Method::Contiguous, _) => done(contiguous::place(e, w)?),
             (Method::Random, _) => done(random::place(e, w, self.options.seed)?),
@@ -114,11 +117,11 @@ impl Placer {
                 done(eplb::place(&input.counts()?, config)?.to_placement()?)
             }
             (Method::Search, LayerInput::Tokens(rows)) => {
-                let start = Instant::now();
                 let allowed = self.time_limit.map(|limit| limit.mul_f64(self.layers_at_a_time));
                 let mut keep_going = || allowed.is_none_or(|allowed| start.elapsed() < allowed);
                 let outcome = search::place(&rows.view()?, topology, &self.options, &mut keep_going)?;
-                Ok(Placed { placement: outcome.placement.clone(), search: Some(outcome) })
+                let seconds = start.elapsed().as_secs_f64();
+                Ok(Placed { placement: outcome.placement.clone(), search: Some(outcome), seconds })
             }
             (Method::Greedy | Method::Search, _) => {
                 let what = if method == Method::Search { "method search" } else { "method greedy" };

@@ -78,17 +78,70 @@ proptest! {
         match place(&routing, Topology::flat(w).unwrap(), &options, &mut || true) {
             Ok(found) => {
                 let (copies, load) = measure(&routing, &found.placement);
-                if replicas == 0 {
-                    prop_assert!((copies - found.copies_per_token).abs() < 1e-9);
-                    prop_assert!(load <= cap + 1e-9);
-                    prop_assert!(found.copies_lower_bound <= copies + 1e-9);
-                }
-                prop_assert!(found.load_max_over_mean <= cap + 1e-9);
+                prop_assert!((copies - found.copies_per_token).abs() < 1e-9);
+                prop_assert!((load - found.load_max_over_mean).abs() < 1e-9);
+                prop_assert!(load <= cap + 1e-9);
+                prop_assert!(replicas > 0 || found.copies_lower_bound <= copies + 1e-9);
                 prop_assert!(found.placement.num_slots() <= usize::from(e) + replicas);
                 for r in 0..w { prop_assert!((1..=most).contains(&found.placement.experts_of(r as u16).len())); }
                 prop_assert_eq!(found, place(&routing, Topology::flat(w).unwrap(), &options, &mut || true).unwrap());
             }
             Err(error) => prop_assert!(matches!(error, PlanError::Infeasible(_)), "{error}"),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn no_placement_within_the_limits_is_below_the_bounds(
+        k in 1usize..4, sets in prop::collection::vec((any::<u32>(), 0u32..1000), 1..12), flat in any::<bool>(),
+        cap in 1.0f64..2.5, room in 0usize..4,
+    ) {
+        // Expert 6 is never chosen.
+        let (e, w) = (7usize, 4usize);
+        let mut ids = Vec::new();
+        for &(seed, _) in &sets {
+            let mut set: Vec<u16> = (0..6).collect();
+            set.sort_by_key(|&x| (seed.rotate_left(5 * u32::from(x)).wrapping_mul(0x9E37_79B9), x));
+            ids.extend_from_slice(&set[..k]);
+        }
+        let occurrences: Vec<u32> = sets.iter().map(|&(_, n)| n).collect();
+        prop_assume!(occurrences.iter().any(|&n| n > 0));
+        let routing = Routing::new(e, k, &ids).unwrap().with_occurrences(&occurrences).unwrap();
+        let topology = Topology::new(w, if flat { 1 } else { 2 }).unwrap();
+        let most = e.div_ceil(w) + room;
+        let tokens = f64::from(occurrences.iter().sum::<u32>());
+        let (mut optimum, mut node_optimum) = (f64::INFINITY, f64::INFINITY);
+        for code in 0..1usize << (2 * e) {
+            let rank = |x: usize| code >> (2 * x) & 3;
+            let (mut load, mut experts, mut copies, mut node_copies) = ([0.0; 4], [0; 4], 0.0, 0.0);
+            (0..e).for_each(|x| experts[rank(x)] += 1);
+            for (set, &n) in ids.chunks(k).zip(&occurrences) {
+                let (mut on, mut on_node) = (0u32, 0u32);
+                for &x in set {
+                    let r = rank(usize::from(x));
+                    load[r] += f64::from(n);
+                    on |= 1 << r;
+                    on_node |= 1 << topology.node_of(r as u16);
+                }
+                copies += f64::from(n * on.count_ones());
+                node_copies += f64::from(n * on_node.count_ones());
+            }
+            let limit = cap * tokens * k as f64 / w as f64 + 1e-6;
+            if load.iter().all(|&l| l <= limit) && experts.iter().all(|&n| n <= most) {
+                optimum = optimum.min(copies / tokens);
+                node_optimum = node_optimum.min(node_copies / tokens);
+            }
+        }
+        let options = SearchOptions { load_cap: cap, max_experts_per_rank: Some(most), ..Default::default() };
+        match place(&routing, topology, &options, &mut || true) {
+            Ok(found) => {
+                prop_assert!(found.copies_lower_bound <= optimum + 1e-9, "{found:?}, optimum {optimum}");
+                prop_assert!(found.node_copies_lower_bound <= node_optimum + 1e-9, "{found:?}, {node_optimum}");
+                prop_assert!(found.copies_per_token >= optimum - 1e-9, "{found:?}, optimum {optimum}");
+            }
+            Err(error) => prop_assert!(optimum == f64::INFINITY, "{error}, but there is one at {optimum}"),
         }
     }
 }
@@ -122,6 +175,15 @@ fn replicas_save_copies_and_let_a_hot_expert_fit() {
     assert!(replicated.placement.ranks_of(0).len() > 1, "{replicated:?}");
     let (copies, load) = (replicated.copies_per_token, replicated.load_max_over_mean);
     assert!(copies < 0.75 * relaxed.copies_per_token && load <= 1.25, "{replicated:?}");
+}
+
+#[test]
+fn a_million_copies_are_not_worth_one_pair_above_the_cap() {
+    // {0, 1} and {2, 3} together would halve the copies, one (token, expert) pair above an exactly even load.
+    let ids = [0, 1, 2, 3];
+    let routing = Routing::new(4, 2, &ids).unwrap().with_occurrences(&[1_000_001, 1_000_000]).unwrap();
+    let found = search(&routing, 2, &SearchOptions { load_cap: 1.0, ..Default::default() });
+    assert_eq!((found.load_max_over_mean, found.copies_per_token), (1.0, 2.0));
 }
 
 #[test]

@@ -21,6 +21,7 @@ struct LayerResult {
     figures: LayerFigures,
     domains: Vec<DomainFigures>,
     train_tokens: u64,
+    seconds: f64,
 }
 
 pub(super) fn run(args: &PlaceArgs) -> Result<()> {
@@ -100,6 +101,7 @@ fn place_layer(
             figures,
             domains: Vec::new(),
             train_tokens: 0,
+            seconds: placed.seconds,
         });
     }
     let columns = Columns { domains: true, ..Columns::IDS };
@@ -112,7 +114,15 @@ fn place_layer(
         None => Vec::new(),
     };
     let train_tokens = rows.train.view()?.weighted_rows().map(|(_, n)| n).sum();
-    Ok(LayerResult { placement: placed.placement, search: placed.search, figures, domains, train_tokens })
+    let result = LayerResult {
+        placement: placed.placement,
+        search: placed.search,
+        figures,
+        domains,
+        train_tokens,
+        seconds: placed.seconds,
+    };
+    Ok(result)
 }
 
 fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[LayerResult]) -> Vec<String> {
@@ -140,15 +150,19 @@ fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[Lay
             "measured on the rows it was made from: --holdout 0.5 tells how it does on others".to_owned(),
         );
     }
-    warnings
-        .extend(domains::disagreement(&profile.meta().domains, results.iter().map(|r| r.domains.as_slice())));
+    let layers: Vec<LayerFigures> = results.iter().map(|r| r.figures.clone()).collect();
+    if let Some(copies) = measuring::mean_of(&layers, |s| s.copies_per_token) {
+        let of_layers = results.iter().map(|r| r.domains.as_slice());
+        let all = (copies, measuring::mean_load(&layers));
+        warnings.extend(domains::disagreement(&profile.meta().domains, of_layers, all));
+    }
     warnings
 }
 
 fn layer_json(layer_id: u32, result: &LayerResult) -> Value {
     let experts: Vec<usize> =
         (0..result.placement.num_ranks()).map(|r| result.placement.experts_of(r as u16).len()).collect();
-    let mut value = json!({ "layer": layer_id, "experts_per_rank": experts });
+    let mut value = json!({ "layer": layer_id, "experts_per_rank": experts, "seconds": result.seconds });
     if let Some(s) = &result.search {
         value["search"] = json!({
             "copies_per_token": s.copies_per_token,

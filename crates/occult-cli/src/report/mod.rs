@@ -1,6 +1,6 @@
 //! The report: one self-contained HTML page from one data file. It renders and computes nothing.
 //!
-//! A command fills a [`ReportData`] (every field says its shape and unit) and [`render`]s it. The page shows the data
+//! A command fills a [`ReportData`] (every field says its shape and unit) and [renders](render()) it. The page shows the data
 //! as they are; the only arithmetic there is formatting (rounding, percentages of two figures that are both shown, rows
 //! times the bytes of a row).
 

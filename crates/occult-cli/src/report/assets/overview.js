@@ -30,28 +30,28 @@ function subline() {
   return parts;
 }
 
-function card(title, hint, now, before, format, words) {
+function card(title, hint, now, before, format, words, was) {
   if (!known(now)) return null;
   const top = Math.max(now, before ?? 0) || 1;
   const bar = (v, name, kind) => el("div", { class: `bar ${kind}` }, el("i", { style: `width:${(100 * v) / top}%` }), el("span", {}, `${name} ${format(v)}`));
   const compared = known(before) && chosen !== baseline;
   return el("li", { class: "card" }, el("h3", {}, title), el("p", { class: "big" }, format(now)),
     compared ? el("p", { class: "delta" }, change(now, before, words) ?? "") : null,
-    compared ? el("div", { class: "bars", "aria-hidden": "true" }, bar(now, chosen.label, "now"), bar(before, baseline.label, "was")) : null,
+    compared ? el("div", { class: "bars", "aria-hidden": "true" }, bar(now, chosen.label, "now"), bar(before, was ?? baseline.label, "was")) : null,
     el("p", { class: "hint" }, hint));
 }
 
 function cards() {
   const [now, before] = [chosen.mean, baseline.mean];
   const best = data.predictions.items.length ? data.predictions.items[0].cluster : null;
-  const time = (name) => data.predictions.items.find((p) => p.cluster === best && p.method === name)?.total_seconds;
+  const step = (name) => data.predictions.items.find((p) => p.cluster === best && p.method === name);
   const rowBytes = (m) => (known(m.remote_copies_per_token) ? m.remote_copies_per_token * data.setting.row_bytes : null);
   return el("ul", { class: "cards" }, [
     card("Copies per token", "Devices that hold experts of a token, its own included.", now.copies_per_token, before.copies_per_token, fixed, ["fewer", "more"]),
     card("Sent per token", `To other devices, per layer, in rows of ${bytes(data.setting.row_bytes)}; as much returns.`, rowBytes(now), rowBytes(before), bytes, ["less", "more"]),
     data.setting.nodes > 1 ? card("Hosts per token", `Of ${data.setting.nodes}; the links between them are the slow ones.`, now.node_copies_per_token, before.node_copies_per_token, fixed, ["fewer", "more"]) : null,
     card("Busiest device", "Its load over the mean load; 1× is even.", now.load_max_over_mean, before.load_max_over_mean, times, ["lower", "higher"]),
-    card("Predicted step", best ? `All MoE layers, ${best}.` : "", time(data.chosen), time(data.baseline), seconds, ["faster", "slower"]),
+    card("Predicted step", best ? `All MoE layers, ${best}.` : "", step(data.chosen)?.total_seconds, step(data.baseline)?.total_seconds, seconds, ["faster", "slower"], step(data.baseline)?.label),
   ].filter(Boolean));
 }
 

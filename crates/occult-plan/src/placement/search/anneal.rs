@@ -5,9 +5,6 @@ use rand_pcg::Pcg64Mcg;
 
 use super::state::{Change, State};
 
-/// A price at which no saving of copies is worth breaking the load limit.
-pub(super) const FORBIDDEN: f64 = 1e3;
-
 /// How an annealing run cools down. Temperatures are in units of the cost; both they and the price of a (token, expert)
 /// pair above the load limit change geometrically from the first value to the second.
 #[derive(Debug, Clone, Copy)]
@@ -45,12 +42,13 @@ pub(super) fn anneal(
     }
 }
 
-/// Takes the best change again and again until none improves, the load limit first.
-pub(super) fn descend(state: &mut State<'_>) {
+/// Takes the best change again and again until none improves, at `overload_price` for every (token, expert) pair above
+/// the load limit.
+pub(super) fn descend(state: &mut State<'_>, overload_price: f64) {
     loop {
         let mut best: Option<(f64, Change)> = None;
         let mut consider = |change| {
-            if let Some(delta) = state.delta(change, FORBIDDEN)
+            if let Some(delta) = state.delta(change, overload_price)
                 && delta < best.map_or(-1e-9, |(d, _)| d)
             {
                 best = Some((delta, change));

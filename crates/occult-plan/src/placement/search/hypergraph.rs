@@ -158,6 +158,11 @@ impl Hypergraph {
         self.weights[s]
     }
 
+    /// Every set with the tokens that chose it.
+    pub(super) fn sets(&self) -> impl Iterator<Item = (&[ExpertId], i64)> {
+        (0..self.num_sets()).map(|s| (self.set(s), self.weight(s)))
+    }
+
     /// Sets that an expert is in.
     pub(super) fn sets_of(&self, expert: usize) -> &[u32] {
         &self.sets_of[self.set_offsets[expert] as usize..self.set_offsets[expert + 1] as usize]
@@ -171,6 +176,11 @@ impl Hypergraph {
     /// (token, expert) pairs in all.
     pub(super) fn total_load(&self) -> i64 {
         self.load.iter().sum()
+    }
+
+    /// Copies in all when no two experts of a token share a rank: no placement has more.
+    pub(super) fn most_copies(&self) -> i64 {
+        (0..self.num_sets()).map(|s| self.weight(s) * self.set(s).len() as i64).sum()
     }
 
     /// Tokens in all.

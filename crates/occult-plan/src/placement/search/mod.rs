@@ -24,7 +24,7 @@ use rand_core::SeedableRng;
 use rand_pcg::Pcg64Mcg;
 
 use crate::{LayerPlacement, PlanError, Rank, Result, Routing, Topology};
-use anneal::{FORBIDDEN, Schedule, anneal, descend, unit};
+use anneal::{Schedule, anneal, descend, unit};
 use hypergraph::Hypergraph;
 use state::{Costs, Limits, State};
 
@@ -105,7 +105,7 @@ pub fn place(
     let mut restart_copies = Vec::new();
     let (placement, outcome) = if options.replicas == 0 {
         let placement = without_replicas(&graph, &problem, options, keep_going, &mut restart_copies)?;
-        let outcome = replicate::simulate(&graph, &problem, &placement);
+        let outcome = replicate::simulate(routing, &problem, &placement);
         (placement, outcome)
     } else {
         // Where the cap is used up to the last token no replica fits, so a more even base competes too; and so does one
@@ -118,9 +118,7 @@ pub fn place(
         let mut found = Vec::new();
         for (graph_of_base, base) in bases {
             let placement = without_replicas(graph_of_base, &base, options, keep_going, &mut restart_copies)?;
-            let placement = replicate::add_replicas(&graph, &problem, placement, options.replicas)?;
-            let outcome = replicate::simulate(&graph, &problem, &placement);
-            found.push((placement, outcome));
+            found.push(replicate::add_replicas(&graph, routing, &problem, placement, options.replicas)?);
         }
         let value = |o: &replicate::Simulated| problem.value(o.rank_copies, o.node_copies, o.overload);
         found.into_iter().min_by(|a, b| value(&a.1).total_cmp(&value(&b.1))).expect("three candidates")
@@ -163,6 +161,8 @@ struct Problem {
     costs: Costs,
     limits: Limits,
     mean_load: f64,
+    /// Price of a (token, expert) pair above the load limit that no saving of copies is worth.
+    forbidden: f64,
 }
 
 impl Problem {
@@ -193,7 +193,8 @@ impl Problem {
         };
         let mean_load = graph.total_load() as f64 / w as f64;
         let limits = Limits { max_load: 0, max_experts, min_experts: 1 };
-        Ok(Self { topology, costs, limits, mean_load }.with_cap(options.load_cap))
+        let forbidden = 1.0 + graph.most_copies() as f64;
+        Ok(Self { topology, costs, limits, mean_load, forbidden }.with_cap(options.load_cap))
     }
 
     /// The same problem under another load cap (max/mean).
@@ -206,7 +207,7 @@ impl Problem {
     fn value(&self, rank_copies: i64, node_copies: i64, overload: i64) -> f64 {
         self.costs.rank * rank_copies as f64
             + self.costs.node * node_copies as f64
-            + FORBIDDEN * overload as f64
+            + self.forbidden * overload as f64
     }
 
     /// Limits of a node, its load limit scaled by `slack`.
@@ -248,7 +249,7 @@ fn best_of_restarts(
             _ => anneal_sample(graph, problem, &balanced, proposals, &mut rng, keep_going),
         };
         let mut state = State::new(graph, problem.topology, problem.costs, problem.limits, &start);
-        descend(&mut state);
+        descend(&mut state, problem.forbidden);
         restart_copies
             .push(replicate::rank_copies(graph, &state.expert_ranks(), w) / graph.num_tokens() as f64);
         let (overload, cost) = (state.overload(), state.cost());
@@ -264,7 +265,7 @@ fn best_of_restarts(
         return ranks;
     }
     let mut state = State::new(graph, problem.topology, problem.costs, problem.limits, &balanced);
-    descend(&mut state);
+    descend(&mut state, problem.forbidden);
     if state.overload() < overload { state.expert_ranks() } else { ranks }
 }
 
@@ -294,7 +295,7 @@ fn anneal_sample(
         let start = spread(&sample, nodes, limits.max_experts, None);
         let mut state = State::new(&sample, nodes, Costs { rank: 1.0, node: 0.0 }, limits, &start);
         anneal(&mut state, rng, schedule(1.0), keep_going);
-        descend(&mut state);
+        descend(&mut state, problem.forbidden);
         (spread(&sample, problem.topology, problem.limits.max_experts, Some(&state.expert_ranks())), 0.5)
     } else {
         (balanced.to_vec(), 1.0)

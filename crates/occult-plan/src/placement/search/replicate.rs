@@ -1,13 +1,13 @@
 //! Replicas under a budget, and the simulation that tells what a placement with replicas costs.
 
+use super::Problem;
 use super::hypergraph::Hypergraph;
-use super::{FORBIDDEN, Problem};
-use crate::{ExpertId, LayerPlacement, Rank, ReplicaChooser, Result};
+use crate::{ExpertId, LayerPlacement, Rank, ReplicaChooser, Result, Routing};
 
 /// Candidates that are simulated for each replica.
 const TRIALS: usize = 8;
 
-/// What the tokens of a hypergraph do under a placement, replicas chosen by [`ReplicaChooser`].
+/// What tokens do under a placement, replicas chosen by [`ReplicaChooser`].
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Simulated {
     pub(super) rank_copies: i64,
@@ -16,9 +16,10 @@ pub(super) struct Simulated {
     pub(super) overload: i64,
 }
 
-/// Runs every set through the placement, in order.
-pub(super) fn simulate(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement) -> Simulated {
-    run(graph, problem, placement, |_, _, _| {})
+/// Runs the tokens of a layer through the placement in their order, as `TrafficMeter` does: which replica serves a token
+/// depends on the tokens before it.
+pub(super) fn simulate(routing: &Routing<'_>, problem: &Problem, placement: &LayerPlacement) -> Simulated {
+    run(routing.weighted_rows().map(|(ids, n)| (ids, n as i64)), problem, placement, |_, _, _| {})
 }
 
 /// Ranks visited, summed over tokens, without replicas.
@@ -37,32 +38,64 @@ pub(super) fn rank_copies(graph: &Hypergraph, expert_ranks: &[Rank], num_ranks: 
 
 /// Adds up to `budget` replicas, one by one: each time the most promising (expert, rank) pairs are simulated and the best
 /// is kept; stops early when none helps. Promising is what would save copies with every other choice left as it is, or
-/// take load off ranks above the cap.
+/// take load off ranks above the cap. What helps is found out on a sample, so the best of 0, 1, ... replicas that is
+/// within the cap for all tokens is returned, and what the tokens do under it.
 pub(super) fn add_replicas(
+    graph: &Hypergraph,
+    routing: &Routing<'_>,
+    problem: &Problem,
+    placement: LayerPlacement,
+    budget: usize,
+) -> Result<(LayerPlacement, Simulated)> {
+    let mut steps = one_by_one(graph, problem, placement.clone(), budget)?;
+    let value = |s: &Simulated| problem.value(s.rank_copies, s.node_copies, s.overload);
+    let of_base = simulate(routing, problem, &placement);
+    let mut best = (placement, of_base);
+    while let Some(placement) = steps.pop() {
+        let outcome = simulate(routing, problem, &placement);
+        let fits = outcome.overload == 0;
+        if value(&outcome) < value(&best.1) {
+            best = (placement, outcome);
+        }
+        // The more replicas the fewer copies: those before it have nothing to offer.
+        if fits {
+            break;
+        }
+    }
+    Ok(best)
+}
+
+/// The placements with 1, 2, ... replicas more, each the best found from the one before on a sample.
+fn one_by_one(
     graph: &Hypergraph,
     problem: &Problem,
     mut placement: LayerPlacement,
     budget: usize,
-) -> Result<LayerPlacement> {
+) -> Result<Vec<LayerPlacement>> {
     let sample = graph.sample((40 * graph.num_experts()).max(4_000), 0.5);
     let problem = problem.scaled(sample.num_tokens() as f64 / graph.num_tokens() as f64);
     let value = |s: &Simulated| problem.value(s.rank_copies, s.node_copies, s.overload);
-    let mut current = value(&simulate(&sample, &problem, &placement));
+    let simulate = |placement: &LayerPlacement| run(sample.sets(), &problem, placement, |_, _, _| {});
+    let mut current = value(&simulate(&placement));
+    let mut steps = Vec::new();
     for _ in 0..budget {
         let mut best: Option<(f64, LayerPlacement)> = None;
         for (expert, rank) in candidates(&sample, &problem, &placement) {
             let trial = with_replica(&placement, expert, rank)?;
-            let trial_value = value(&simulate(&sample, &problem, &trial));
+            let trial_value = value(&simulate(&trial));
             if trial_value < best.as_ref().map_or(current, |(v, _)| *v) {
                 best = Some((trial_value, trial));
             }
         }
         match best {
-            Some((v, better)) => (current, placement) = (v, better),
+            Some((v, better)) => {
+                (current, placement) = (v, better);
+                steps.push(placement.clone());
+            }
             None => break,
         }
     }
-    Ok(placement)
+    Ok(steps)
 }
 
 fn with_replica(placement: &LayerPlacement, expert: ExpertId, rank: Rank) -> Result<LayerPlacement> {
@@ -80,7 +113,7 @@ fn candidates(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement)
     let mut served = vec![0i64; e * w];
     let mut on_rank = vec![0u32; w];
     let mut on_node = vec![0u32; topology.num_nodes()];
-    run(graph, problem, placement, |set, ranks, weight| {
+    run(graph.sets(), problem, placement, |set, ranks, weight| {
         for &r in ranks {
             on_rank[usize::from(r)] += 1;
             on_node[topology.node_of(r)] += 1;
@@ -120,7 +153,7 @@ fn candidates(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement)
             let over = (load[usize::from(from)] - max_load).max(0);
             over.min(served[expert * w + usize::from(from)] / 2).min((max_load - load[to]).max(0))
         });
-        let score = gain + FORBIDDEN * relief.max().unwrap_or(0) as f64;
+        let score = gain + problem.forbidden * relief.max().unwrap_or(0) as f64;
         if score > 0.0 {
             order.push((score, i));
         }
@@ -129,9 +162,9 @@ fn candidates(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement)
     order.into_iter().take(TRIALS).map(|(_, i)| ((i / w) as ExpertId, (i % w) as Rank)).collect()
 }
 
-/// Chooses replicas for every set and hands on (set, rank of each member, tokens).
-fn run(
-    graph: &Hypergraph,
+/// Chooses replicas for every (set, tokens) and hands on (set, rank of each member, tokens).
+fn run<'a>(
+    sets: impl Iterator<Item = (&'a [ExpertId], i64)>,
     problem: &Problem,
     placement: &LayerPlacement,
     mut each: impl FnMut(&[ExpertId], &[Rank], i64),
@@ -142,8 +175,7 @@ fn run(
     let mut rank_seen = vec![usize::MAX; topology.num_ranks()];
     let mut node_seen = vec![usize::MAX; topology.num_nodes()];
     let (mut rank_copies, mut node_copies) = (0, 0);
-    for s in 0..graph.num_sets() {
-        let (set, weight) = (graph.set(s), graph.weight(s));
+    for (s, (set, weight)) in sets.enumerate() {
         ranks.resize(set.len(), 0);
         chooser.assign(set, weight as u64, &mut ranks);
         for &r in &ranks {
