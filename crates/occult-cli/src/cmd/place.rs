@@ -62,7 +62,10 @@ pub(super) fn run(args: &PlaceArgs) -> Result<()> {
         PlacementFile::new(placement_meta, table)?.write(output)?;
     }
     if args.json {
-        let layers_json = results.iter().zip(&layers).map(|(r, f)| f.json(layer_json(f.layer_id, r)));
+        let layers_json = results
+            .iter()
+            .zip(&layers)
+            .map(|(r, f)| f.json(layer_json(f.layer_id, r, placer.options.load_cap)));
         return print_json(&json!({
             "profile": args.profile,
             "output": args.output,
@@ -159,7 +162,15 @@ fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[Lay
     warnings
 }
 
-fn layer_json(layer_id: u32, result: &LayerResult) -> Value {
+/// How far above the lower bound a searched layer is at most. The bound is one for placements without replicas under the
+/// cap, so it says nothing about others.
+fn gap(result: &LayerResult, load_cap: f64) -> Option<f64> {
+    let search = result.search.as_ref()?;
+    let bounded = !result.placement.has_replicas() && search.load_max_over_mean <= load_cap + 1e-9;
+    bounded.then(|| search.copies_per_token / search.copies_lower_bound - 1.0)
+}
+
+fn layer_json(layer_id: u32, result: &LayerResult, load_cap: f64) -> Value {
     let experts: Vec<usize> =
         (0..result.placement.num_ranks()).map(|r| result.placement.experts_of(r as u16).len()).collect();
     let mut value = json!({ "layer": layer_id, "experts_per_rank": experts, "seconds": result.seconds });
@@ -170,7 +181,7 @@ fn layer_json(layer_id: u32, result: &LayerResult) -> Value {
             "load_max_over_mean": s.load_max_over_mean,
             "copies_lower_bound": s.copies_lower_bound,
             "node_copies_lower_bound": s.node_copies_lower_bound,
-            "gap": s.copies_per_token / s.copies_lower_bound - 1.0,
+            "gap": gap(result, load_cap),
             "restart_copies_per_token": s.restart_copies,
             "distinct_sets": s.num_sets,
         });
@@ -215,9 +226,13 @@ fn text(
         let (found, bound) = (mean(|s| s.copies_per_token), mean(|s| s.copies_lower_bound));
         text.push_str(&format!(
             "\nOn the rows it searched: {found:.3} copies per token; no placement without replicas under this cap has fewer than \
-             {bound:.3} (gap at most {:.1} %).\n",
-            100.0 * (found / bound - 1.0)
+             {bound:.3}"
         ));
+        let cap = placer.options.load_cap;
+        text.push_str(&match results.iter().map(|r| gap(r, cap)).collect::<Option<Vec<_>>>() {
+            Some(_) => format!(" (gap at most {:.1} %).\n", 100.0 * (found / bound - 1.0)),
+            None => ".\n".to_owned(),
+        });
         let spread = mean(|s| {
             let worst = s.restart_copies.iter().copied().fold(0.0, f64::max);
             let best = s.restart_copies.iter().copied().fold(f64::INFINITY, f64::min);
