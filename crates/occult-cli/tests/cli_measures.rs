@@ -219,8 +219,8 @@ fn tokens_in_blocks_are_counted_exactly() {
     let rank_of = Table::of(&lab.json("placement.json")).rank_of(0);
     let mut expected = vec![vec![0.0; 4]; 4];
     for (t, set) in rows.sets(0).iter().enumerate() {
-        for to in 0..4 {
-            expected[t / 30][to] += f64::from(u8::from(set.iter().any(|&e| rank_of[e] == to)));
+        for (to, rows) in expected[t / 30].iter_mut().enumerate() {
+            *rows += f64::from(u8::from(set.iter().any(|&e| rank_of[e] == to)));
         }
     }
     let figures = lab.figures("traffic profile.safetensors placement.json --home blocks");

@@ -68,7 +68,7 @@ fn search_beats_the_others_on_real_routing() {
     };
     let contiguous = mean("--method contiguous");
     let greedy = mean("--method greedy");
-    let search = mean("--restarts 2");
+    let search = mean("--restarts 2 --load-cap 1.25");
     let capped = mean("--restarts 2 --load-cap 1.1");
     assert!(greedy.0 < contiguous.0 - 0.5 && greedy.1 > 1.5, "{greedy:?} {contiguous:?}");
     assert!(search.0 < greedy.0 && search.1 < 1.2501, "{search:?} {greedy:?}");
@@ -169,6 +169,10 @@ fn a_cap_that_cannot_be_met_is_exit_code_3() {
     let lab = Lab::with(&rows);
     let message = lab.refused(3, "place profile.safetensors --ranks 8 --load-cap 1.25 -o placement.json");
     says(&message, &["profile.safetensors", "layer 0", "1.25", "expert 5", "2.000", "replicas"]);
+    says(
+        &lab.refused(3, "report profile.safetensors --ranks 8 --load-cap 1.25 -o page.html"),
+        &["layer 0", "1.25"],
+    );
     // The default cap gives way, with a warning, and replicas bring the cap back into reach.
     let (figures, table) = place(&lab, "--ranks 8 --restarts 2");
     close(table.measure_sets(0, &rows.sets(0)).load_ratio, 2.0, "the hot expert alone");
@@ -187,7 +191,7 @@ fn sixty_experts_on_eight_ranks() {
         table.measure_sets(0, &rows.sets(0)).check(&figures["layers"][0], 8);
     }
     let (_, table) = place(&lab, "--ranks 8 --equal --restarts 2");
-    assert!(table.layers[0].iter().all(|r| (7..=8).contains(&r.len())), "{table:?}");
+    assert!(table.layers[0].iter().all(|r| r.len() <= 8), "eight slots per rank will do: {table:?}");
     // EPLB packs the same number of slots on every rank: 64.
     let (_, table) = place(&lab, "--method eplb --ranks 8");
     assert!(table.layers[0].iter().all(|r| r.len() == 8), "{table:?}");
@@ -273,7 +277,8 @@ fn nodes_are_kept_apart_when_they_cost_more() {
     let rows = Rows::new(20, 800, 1, 32, 4);
     let lab = Lab::with(&rows);
     let copies = |options: &str| {
-        let (figures, table) = place(&lab, &format!("--ranks 8 --nodes 4 --restarts 3 {options}"));
+        let (figures, table) =
+            place(&lab, &format!("--ranks 8 --nodes 4 --restarts 3 --load-cap 1.3 {options}"));
         table.measure_sets(0, &rows.sets(0)).check(&figures["layers"][0], 8);
         [number(&figures["mean"], "node_copies_per_token"), number(&figures["mean"], "copies_per_token")]
     };
@@ -317,7 +322,7 @@ fn domains_that_disagree_are_named() {
     for t in 0..256_i32 {
         let prose = t % 4 != 0;
         domains.push(i32::from(!prose));
-        ids.extend(if prose { [t % 2 * 2, t % 2 * 2 + 1] } else { [t / 4 % 2, 2 + t / 8 % 2] });
+        ids.extend(if prose { [t / 8 % 2 * 2, t / 8 % 2 * 2 + 1] } else { [t / 4 % 2, 2 + t / 8 % 2] });
     }
     let arrays =
         [common::Array::i32("expert_ids", &[256, 1, 2], ids), common::Array::i32("domains", &[256], domains)];

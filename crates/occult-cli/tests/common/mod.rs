@@ -25,11 +25,13 @@ pub(crate) fn bundled() -> PathBuf {
 /// A temporary folder in which commands run.
 pub(crate) struct Lab {
     dir: tempfile::TempDir,
+    /// Where the program would put temporary files of its own.
+    temporary: tempfile::TempDir,
 }
 
 impl Lab {
     pub(crate) fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap() }
+        Self { dir: tempfile::tempdir().unwrap(), temporary: tempfile::tempdir().unwrap() }
     }
 
     /// With `profile.safetensors`, imported from these rows.
@@ -82,8 +84,11 @@ impl Lab {
         let output = Command::new(env!("CARGO_BIN_EXE_occult"))
             .args(arguments.split_whitespace())
             .current_dir(self.path())
+            .env("TMPDIR", self.temporary.path())
             .output()
             .unwrap();
+        let left = std::fs::read_dir(self.temporary.path()).unwrap().count();
+        assert_eq!(left, 0, "occult {arguments} left temporary files");
         Outcome {
             command: format!("occult {arguments}"),
             code: output.status.code().unwrap_or_else(|| panic!("occult {arguments}: {}", output.status)),
