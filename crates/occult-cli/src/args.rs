@@ -1,9 +1,11 @@
 //! The command line: names, defaults and help. What the arguments mean is decided in [`crate::setup`] and the commands.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use occult_formats::{ExportFormat, ImportFormat};
+use occult_plan::graph::MAX_THRESHOLDS;
 use occult_plan::placement::Method;
 
 use crate::exit;
@@ -36,8 +38,7 @@ pub(crate) enum Command {
     Stats(StatsArgs),
     /// Measure a placement on a profile: rows and bytes per rank pair, load, predicted time
     #[command(
-        after_help = "Example:\n  occult traffic profile.safetensors placement.json --hidden 2048 --dtype bf16 \
-                            --cluster 8xa6000-pcie"
+        after_help = "Example:\n  occult traffic profile.safetensors placement.json --hidden 2048 --cluster 8xa6000-pcie"
     )]
     Traffic(TrafficArgs),
     /// Decide which rank holds which expert
@@ -47,7 +48,7 @@ pub(crate) enum Command {
     Place(PlaceArgs),
     /// Write a placement as an expert map of another engine, or as a checkpoint permutation
     #[command(
-        after_help = "Example:\n  occult export placement.json --format sglang -o expert_location.json"
+        after_help = "Example:\n  occult export placement.json --format sglang --profile profile.safetensors -o map.json"
     )]
     Export(ExportArgs),
     /// Say what a file or a model directory is
@@ -106,40 +107,40 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct TopologyArgs {
     /// Ranks (devices) that share the experts
-    #[arg(long, default_value_t = 4, value_name = "N")]
+    #[arg(long, default_value_t = 4, value_parser = at_least::<1>, value_name = "N")]
     pub(crate) ranks: usize,
     /// Nodes (hosts) that the ranks are on, equally many on each
-    #[arg(long, default_value_t = 1, value_name = "M")]
+    #[arg(long, default_value_t = 1, value_parser = at_least::<1>, value_name = "M")]
     pub(crate) nodes: usize,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ShapeArgs {
     /// Width of a token row
-    #[arg(long, default_value_t = 2048, value_name = "D")]
+    #[arg(long, default_value_t = 2048, value_parser = at_least::<1>, value_name = "D")]
     pub(crate) hidden: usize,
     /// Intermediate size of one expert
-    #[arg(long, default_value_t = 1024, value_name = "F")]
+    #[arg(long, default_value_t = 1024, value_parser = at_least::<1>, value_name = "F")]
     pub(crate) ffn: usize,
-    /// Element type of rows and weights: f32, bf16, f16, fp8 or int8
-    #[arg(long, default_value = "bf16")]
+    /// Element type of rows and weights
+    #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16", "f16", "fp8", "int8"])]
     pub(crate) dtype: String,
     /// Tokens of the step that times are predicted for, over all ranks
-    #[arg(long, default_value_t = 16384, value_name = "T")]
+    #[arg(long, default_value_t = 16384, value_parser = clap::value_parser!(u64).range(1..), value_name = "T")]
     pub(crate) step_tokens: u64,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ClusterArgs {
     /// Cluster to predict times for: 8xa6000-pcie, 8xh100-nvlink, 16x8xh100-400g, or a TOML file
-    #[arg(long, value_name = "NAME|FILE")]
+    #[arg(long, value_parser = cluster, value_name = "NAME|FILE")]
     pub(crate) cluster: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct SearchArgs {
     /// Hard cap on max/mean load [default: 1.1, or what the hottest expert of a layer needs]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_parser = load_cap, value_name = "X")]
     pub(crate) load_cap: Option<f64>,
     /// Extra expert slots per layer for replicas, all ranks together
     #[arg(long, default_value_t = 0, value_name = "SLOTS")]
@@ -154,28 +155,28 @@ pub(crate) struct SearchArgs {
     #[arg(long, value_name = "GROUPS", conflicts_with = "replicas")]
     pub(crate) keep_groups: Option<usize>,
     /// Cost of a rank that a token visits [default: 1, or from --cluster]
-    #[arg(long, value_name = "COST")]
+    #[arg(long, value_parser = cost, value_name = "COST")]
     pub(crate) rank_cost: Option<f64>,
     /// Cost of a node that a token visits [default: 8, or from --cluster]
-    #[arg(long, value_name = "COST")]
+    #[arg(long, value_parser = cost, value_name = "COST")]
     pub(crate) node_cost: Option<f64>,
     /// Search this many seconds in all instead of a fixed amount of work (the result then depends on the machine)
-    #[arg(long, value_name = "SECONDS")]
+    #[arg(long, value_parser = time_limit, value_name = "SECONDS")]
     pub(crate) time_limit: Option<f64>,
     /// Annealing runs per layer [default: 24, down to 2 for large layers]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = at_least::<1>, value_name = "N")]
     pub(crate) restarts: Option<usize>,
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Rows per layer that are read at most, evenly spaced
-    #[arg(long, default_value_t = 200_000, value_name = "ROWS")]
+    #[arg(long, default_value_t = 200_000, value_parser = at_least::<1>, value_name = "ROWS")]
     pub(crate) max_tokens: usize,
     /// Share of the rows to hold out: placements are made from the others and measured on these
-    #[arg(long, default_value_t = 0.0, value_name = "SHARE")]
+    #[arg(long, default_value_t = 0.0, value_parser = holdout, value_name = "SHARE")]
     pub(crate) holdout: f64,
     /// Worker threads [default: the cores of this machine]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = at_least::<1>, value_name = "N")]
     pub(crate) threads: Option<usize>,
 }
 
@@ -237,10 +238,10 @@ pub(crate) struct StatsArgs {
     #[arg(long, value_enum, default_value_t = Home::Uniform)]
     pub(crate) home: Home,
     /// Points of the connected sub-graph curve
-    #[arg(long, default_value_t = 21, value_name = "N")]
+    #[arg(long, default_value_t = 21, value_parser = subgraph_points, value_name = "N")]
     pub(crate) subgraph_points: usize,
     /// Worker threads [default: the cores of this machine]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = at_least::<1>, value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Print the figures as JSON
     #[arg(long)]
@@ -264,7 +265,7 @@ pub(crate) struct TrafficArgs {
     #[arg(long)]
     pub(crate) explain: bool,
     /// Worker threads [default: the cores of this machine]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = at_least::<1>, value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Print the figures as JSON
     #[arg(long)]
@@ -345,13 +346,13 @@ pub(crate) struct PruneArgs {
     /// Placement
     pub(crate) placement: PathBuf,
     /// Most ranks a token may visit
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = at_least::<1>, value_name = "N")]
     pub(crate) max_ranks: usize,
     /// How ranks and replacements are chosen
     #[arg(long, value_enum, default_value_t = PruneRule::BestMass)]
     pub(crate) rule: PruneRule,
     /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_parser = keep_mass, value_name = "SHARE")]
     pub(crate) keep_mass: Option<f64>,
     /// Only choose ranks, name no replacements: works on profiles with weights but without all scores (best-mass only)
     #[arg(long)]
@@ -360,7 +361,7 @@ pub(crate) struct PruneArgs {
     #[arg(long, value_name = "true|false")]
     pub(crate) norm_topk_prob: Option<bool>,
     /// Worker threads [default: the cores of this machine]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_parser = at_least::<1>, value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Print the figures as JSON
     #[arg(long)]
@@ -380,7 +381,7 @@ pub(crate) struct ReportArgs {
     #[command(flatten)]
     pub(crate) shape: ShapeArgs,
     /// Clusters to predict times for: presets or TOML files, comma-separated
-    #[arg(long, value_delimiter = ',', default_value = "8xa6000-pcie,8xh100-nvlink", value_name = "NAMES")]
+    #[arg(long, value_delimiter = ',', default_value = "8xa6000-pcie,8xh100-nvlink", value_parser = cluster, value_name = "NAMES")]
     pub(crate) clusters: Vec<String>,
     /// Heading of the page [default: the model's name]
     #[arg(long)]
@@ -400,6 +401,60 @@ pub(crate) struct DemoArgs {
     /// Folder for the profile, the placement and the report
     #[arg(long, default_value = "occult-demo", value_name = "DIR")]
     pub(crate) out_dir: PathBuf,
+    /// Print the figures of the report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A count from `MIN`.
+fn at_least<const MIN: usize>(text: &str) -> Result<usize, String> {
+    count(text, MIN..=usize::MAX)
+}
+
+fn subgraph_points(text: &str) -> Result<usize, String> {
+    count(text, 2..=MAX_THRESHOLDS)
+}
+
+fn count(text: &str, possible: RangeInclusive<usize>) -> Result<usize, String> {
+    let number = parse::<usize>(text)?;
+    match (possible.start(), possible.end()) {
+        _ if possible.contains(&number) => Ok(number),
+        (min, &usize::MAX) => Err(format!("expected {min} or more")),
+        (min, max) => Err(format!("expected {min} to {max}")),
+    }
+}
+
+/// A number for which `possible` is true; it is false for NaN.
+fn number(text: &str, expected: &str, possible: impl Fn(f64) -> bool) -> Result<f64, String> {
+    Some(parse::<f64>(text)?).filter(|&x| possible(x)).ok_or_else(|| format!("expected {expected}"))
+}
+
+fn holdout(text: &str) -> Result<f64, String> {
+    number(text, "a share from 0 to below 1", |x| (0.0..1.0).contains(&x))
+}
+
+fn keep_mass(text: &str) -> Result<f64, String> {
+    number(text, "a share above 0, at most 1", |x| x > 0.0 && x <= 1.0)
+}
+
+fn load_cap(text: &str) -> Result<f64, String> {
+    number(text, "a finite number from 1", |x| x >= 1.0 && x.is_finite())
+}
+
+fn time_limit(text: &str) -> Result<f64, String> {
+    number(text, "seconds above 0, at most a year", |x| x > 0.0 && x <= 366.0 * 86_400.0)
+}
+
+fn cost(text: &str) -> Result<f64, String> {
+    number(text, "a finite number from 0", |x| x >= 0.0 && x.is_finite())
+}
+
+/// The name of a preset, or a path.
+fn cluster(text: &str) -> Result<String, String> {
+    if !occult_formats::cluster::is_path(text) {
+        occult_formats::cluster::preset(text).map_err(|e| e.to_string())?;
+    }
+    Ok(text.to_owned())
 }
 
 fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, String> {

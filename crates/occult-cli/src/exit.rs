@@ -5,12 +5,27 @@ use std::process::ExitCode;
 use occult_formats::FormatError;
 use occult_plan::PlanError;
 
-/// Shown under `--help`. Code 2 (wrong usage) is clap's.
+/// Options that each make sense but not together, or not on this command line: exit code 2, as clap's own errors.
+#[derive(Debug)]
+pub(crate) struct Usage(pub(crate) String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// Shown under `--help`. Code 2 (wrong usage) is clap's, and that of [`Usage`].
 pub(crate) const HELP: &str = "Exit codes:\n  0  done\n  1  a file is not what it should be, or something cannot be read, \
                                written or computed\n  2  wrong usage\n  3  no placement within the limits was found";
 
 /// Exit code of an error.
 pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<Usage>() {
+        return ExitCode::from(2);
+    }
     let infeasible = error.chain().any(|cause| match cause.downcast_ref::<PlanError>() {
         Some(PlanError::InLayer { source, .. }) => matches!(**source, PlanError::Infeasible(_)),
         other => matches!(other, Some(PlanError::Infeasible(_))),

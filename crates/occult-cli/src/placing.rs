@@ -102,6 +102,15 @@ impl Placer {
     pub(crate) fn place(&self, method: Method, layer: usize, input: &LayerInput<'_>) -> Result<Placed> {
         let (e, topology) = (input.num_experts(), self.topology);
         let w = topology.num_ranks();
+        // EPLB would fill the ranks with replicas that nobody asked for.
+        if w > e {
+            return Err(PlanError::range(
+                "number of ranks",
+                format!("at most {e}, the number of experts"),
+                w,
+            )
+            .into());
+        }
         let start = Instant::now();
         let done = |placement| Ok(Placed { placement, search: None, seconds: start.elapsed().as_secs_f64() });
         match (method, input) {

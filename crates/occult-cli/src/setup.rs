@@ -8,6 +8,7 @@ use occult_plan::cost::Cluster;
 use occult_plan::{RouterRule, Scoring, Topology};
 
 use crate::args::{ClusterArgs, TopologyArgs};
+use crate::exit::Usage;
 
 /// Opens a profile.
 pub(crate) fn profile(path: &Path) -> Result<Profile> {
@@ -23,7 +24,7 @@ pub(crate) fn placement(path: &Path, profile: &ProfileMeta) -> Result<PlacementF
 
 /// Ranks and nodes.
 pub(crate) fn topology(args: &TopologyArgs) -> Result<Topology> {
-    Ok(Topology::new(args.ranks, args.nodes)?)
+    Topology::new(args.ranks, args.nodes).map_err(|e| Usage(e.to_string()).into())
 }
 
 /// The cluster to predict times for, cut to the topology of the placement.

@@ -56,11 +56,12 @@ pub fn preset(name: &str) -> Result<Cluster> {
 
 /// A preset by name, or else a cluster file by path: anything that ends in `.toml` or has a path separator is a path.
 pub fn preset_or_file(name_or_path: &str) -> Result<Cluster> {
-    if name_or_path.ends_with(".toml") || name_or_path.contains(std::path::is_separator) {
-        read(name_or_path)
-    } else {
-        preset(name_or_path)
-    }
+    if is_path(name_or_path) { read(name_or_path) } else { preset(name_or_path) }
+}
+
+/// Whether [`preset_or_file`] takes this for a path.
+pub fn is_path(name_or_path: &str) -> bool {
+    name_or_path.ends_with(".toml") || name_or_path.contains(std::path::is_separator)
 }
 
 /// A cluster file.

@@ -62,7 +62,8 @@ pub fn subgraph_curve(graph: &CoActivation, num_thresholds: usize) -> Result<Vec
     Ok((0..num_thresholds).map(|i| at(i as f64 / (num_thresholds - 1) as f64)).collect())
 }
 
-const MAX_THRESHOLDS: usize = 1 << 20;
+/// Most thresholds of [`subgraph_curve`].
+pub const MAX_THRESHOLDS: usize = 1 << 20;
 
 /// Disjoint sets of experts (union by size).
 struct Parts {

@@ -61,6 +61,9 @@ pub(super) fn run(args: &DemoArgs) -> Result<()> {
     let report_path = dir.join("report.html");
     super::report::write_data(&dir.join("report.json"), &comparison.data)?;
     super::report::write_page(&report_path, &comparison.data)?;
+    if args.json {
+        return print(&(comparison.data.to_json()? + "\n"));
+    }
     print(&summary(&comparison.data, dir, &report_path))?;
     eprintln!("done in {}", seconds(start.elapsed().as_secs_f64()));
     Ok(())

@@ -19,7 +19,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
     if args.json {
         return print_json(&object(&description, serde_json::json!({ "file": args.file }))?);
     }
-    print(&format!("{}: {description}\n", args.file.display()))
+    print(&description.to_string())
 }
 
 /// A model directory. The headers of the weights are checked against the configuration; weights are not read.

@@ -25,8 +25,8 @@ struct LayerResult {
 }
 
 pub(super) fn run(args: &PlaceArgs) -> Result<()> {
-    let profile = setup::profile(&args.profile)?;
     let topology = setup::topology(&args.topology)?;
+    let profile = setup::profile(&args.profile)?;
     let cluster = setup::cluster(&args.cluster, topology)?;
     let meta = profile.meta();
     let threads = setup::threads(args.search.threads);
@@ -62,7 +62,10 @@ pub(super) fn run(args: &PlaceArgs) -> Result<()> {
         PlacementFile::new(placement_meta, table)?.write(output)?;
     }
     if args.json {
-        let layers_json = results.iter().zip(&layers).map(|(r, f)| f.json(layer_json(f.layer_id, r)));
+        let layers_json = results
+            .iter()
+            .zip(&layers)
+            .map(|(r, f)| f.json(layer_json(f.layer_id, r, placer.options.load_cap)));
         return print_json(&json!({
             "profile": args.profile,
             "output": args.output,
@@ -176,7 +179,15 @@ fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[Lay
     warnings
 }
 
-fn layer_json(layer_id: u32, result: &LayerResult) -> Value {
+/// How far above the lower bound a searched layer is at most. The bound is one for placements without replicas under the
+/// cap, so it says nothing about others.
+fn gap(result: &LayerResult, load_cap: f64) -> Option<f64> {
+    let search = result.search.as_ref()?;
+    let bounded = !result.placement.has_replicas() && search.load_max_over_mean <= load_cap + 1e-9;
+    bounded.then(|| search.copies_per_token / search.copies_lower_bound - 1.0)
+}
+
+fn layer_json(layer_id: u32, result: &LayerResult, load_cap: f64) -> Value {
     let experts: Vec<usize> =
         (0..result.placement.num_ranks()).map(|r| result.placement.experts_of(r as u16).len()).collect();
     let mut value = json!({ "layer": layer_id, "experts_per_rank": experts, "seconds": result.seconds });
@@ -187,7 +198,7 @@ fn layer_json(layer_id: u32, result: &LayerResult) -> Value {
             "load_max_over_mean": s.load_max_over_mean,
             "copies_lower_bound": s.copies_lower_bound,
             "node_copies_lower_bound": s.node_copies_lower_bound,
-            "gap": s.copies_per_token / s.copies_lower_bound - 1.0,
+            "gap": gap(result, load_cap),
             "restart_copies_per_token": s.restart_copies,
             "distinct_sets": s.num_sets,
         });
@@ -230,23 +241,22 @@ fn text(
             results.iter().filter_map(|r| r.search.as_ref()).map(f).sum::<f64>() / results.len() as f64
         };
         let (found, bound) = (mean(|s| s.copies_per_token), mean(|s| s.copies_lower_bound));
-        let gap = |found: f64, bound: f64| {
+        let bounded = results.iter().all(|r| gap(r, placer.options.load_cap).is_some());
+        let gap = |found: f64, bound: f64| match found / bound - 1.0 {
             // Replicas, or a cap that had to be left, can go below it.
-            if found < bound - 1e-9 {
-                "below it".to_owned()
-            } else {
-                format!("gap at most {:.1} %", 100.0 * (found / bound - 1.0).max(0.0))
-            }
+            below if below < -1e-9 => " (below it)".to_owned(),
+            above if bounded => format!(" (gap at most {:.1} %)", 100.0 * above.max(0.0)),
+            _ => String::new(),
         };
         text.push_str(&format!(
             "\nOn the rows it searched: {found:.3} copies per token; no placement without replicas under this cap has fewer than \
-             {bound:.3} ({}).\n",
+             {bound:.3}{}.\n",
             gap(found, bound)
         ));
         if topology.num_nodes() > 1 {
             let (found, bound) = (mean(|s| s.node_copies_per_token), mean(|s| s.node_copies_lower_bound));
             text.push_str(&format!(
-                "Nodes per token: {found:.3}, not fewer than {bound:.3} ({}).\n",
+                "Nodes per token: {found:.3}, not fewer than {bound:.3}{}.\n",
                 gap(found, bound)
             ));
         }

@@ -5,17 +5,19 @@ use occult_plan::Topology;
 use serde_json::json;
 
 use crate::args::{PruneArgs, PruneRule};
+use crate::exit::Usage;
 use crate::output::{Table, figure, print, print_json};
 use crate::pruning::{self, PrunedLayer};
 use crate::{parallel, progress, setup};
 
 pub(super) fn run(args: &PruneArgs) -> Result<()> {
+    if args.ranks_only && args.rule != PruneRule::BestMass {
+        let rule = args.rule.name();
+        bail!(Usage(format!("--ranks-only works with --rule best-mass only: {rule} needs all scores")));
+    }
     let profile = setup::profile(&args.profile)?;
     let file = setup::placement(&args.placement, profile.meta())?;
     let topology = file.placement.topology();
-    if args.ranks_only && args.rule != PruneRule::BestMass {
-        bail!("--ranks-only works with --rule best-mass only: {} needs all scores", args.rule.name());
-    }
     let budget = pruning::budget(args.max_ranks, args.keep_mass);
     let router = setup::router_rule(profile.meta(), args.norm_topk_prob);
     let bar = progress::bar(profile.num_layers() as u64, "layers");

@@ -12,8 +12,8 @@ use crate::report::{self, ReportData};
 use crate::setup;
 
 pub(super) fn run(args: &ReportArgs) -> Result<()> {
-    let profile = setup::profile(&args.profile)?;
     let topology = setup::topology(&args.topology)?;
+    let profile = setup::profile(&args.profile)?;
     let mut placements = Vec::new();
     for path in &args.placements {
         let file = setup::placement(path, profile.meta())?;

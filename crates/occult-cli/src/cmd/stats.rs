@@ -13,8 +13,8 @@ use crate::output::{figure, print, print_json};
 use crate::{parallel, progress, setup};
 
 pub(super) fn run(args: &StatsArgs) -> Result<()> {
-    let profile = setup::profile(&args.profile)?;
     let topology = setup::topology(&args.topology)?;
+    let profile = setup::profile(&args.profile)?;
     let meta = profile.meta();
     let placement = contiguous::place(meta.num_experts, topology.num_ranks())?;
     if let Some(layer) = (0..profile.num_layers()).find(|&l| !profile.has_counts(l)) {
