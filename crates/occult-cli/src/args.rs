@@ -9,6 +9,7 @@ use occult_plan::graph::MAX_THRESHOLDS;
 use occult_plan::placement::Method;
 
 use crate::exit;
+use crate::model_args::{ConvertArgs, EvalArgs, GenerateArgs, LogitsArgs, PermuteArgs, ProfileArgs};
 
 /// Makes expert-parallel Mixture-of-Experts models faster by keeping experts that work together on one device.
 #[derive(Debug, Parser)]
@@ -50,8 +51,10 @@ pub(crate) enum Command {
         after_help = "Example:\n  occult export placement.json --format sglang --profile profile.safetensors -o map.json"
     )]
     Export(ExportArgs),
-    /// Say what a file is
-    #[command(after_help = "Example:\n  occult inspect profile.safetensors")]
+    /// Say what a file or a model directory is
+    #[command(
+        after_help = "Examples:\n  occult inspect profile.safetensors\n  occult inspect OLMoE-1B-7B-0924/"
+    )]
     Inspect(InspectArgs),
     /// Limit the ranks a token visits, and report what that keeps
     #[command(
@@ -63,6 +66,42 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:\n  occult report profile.safetensors --ranks 8 -o report.html\n  \
                             occult report profile.safetensors mine.json other.json --ranks 8 -o report.html")]
     Report(ReportArgs),
+    /// Run text through a model and record which experts every token visits, with all router scores
+    #[command(
+        after_help = "Examples:\n  occult profile OLMoE-1B-7B-0924/ --text web.txt code.txt -o profile.safetensors\n  \
+                            occult profile OLMoE-1B-7B-0924/ --text web.txt --max-tokens 100000 -o profile.safetensors\n\n\
+                            Every file is one domain of the profile, named like the file without its extension."
+    )]
+    Profile(ProfileArgs),
+    /// Compute the logits and router choices of a model for token ids
+    #[command(after_help = "Example:\n  echo '[[1, 5, 7], [9]]' > ids.json\n  \
+                            occult logits OLMoE-1B-7B-0924/ --ids ids.json --out logits.safetensors\n\n\
+                            The result has `logits` [batch, len, vocab] f32 and `expert_ids` [MoE layers, batch, len, top_k] i64.\n\
+                            Sequences shorter than the longest are aligned at the end: the positions before them have\n\
+                            logits 0 and expert_ids -1. A safetensors input may have an `attention_mask` [batch, len]\n\
+                            that is 0 at the start of shorter sequences.")]
+    Logits(LogitsArgs),
+    /// Continue a prompt
+    #[command(after_help = "Examples:\n  occult generate OLMoE-1B-7B-0924/ --prompt 'The sea is'\n  \
+                            occult generate OLMoE-1B-7B-0924-Instruct/ --chat --prompt 'Why is the sea salty?' --temperature 0.7")]
+    Generate(GenerateArgs),
+    /// Measure a model: perplexity of text, accuracy on multiple-choice tasks
+    #[command(after_help = "Examples:\n  occult eval OLMoE-1B-7B-0924/ --text web.txt code.txt\n  \
+                            occult eval OLMoE-1B-7B-0924/ --tasks questions.jsonl --json\n\n\
+                            A task file has one question per line: \
+                            {\"context\": \"...\", \"choices\": [\"...\", \"...\"], \"answer\": 0}")]
+    Eval(EvalArgs),
+    /// Write a model directory back, with the other expert names or another number format
+    #[command(after_help = "Examples:\n  occult convert OLMoE-1B-7B-0924/ -o copy/\n  \
+                            occult convert OLMoE-1B-7B-0924/ --layout fused --dtype bf16 -o fused/")]
+    Convert(ConvertArgs),
+    /// Reorder the experts of a model so that a contiguous split over ranks is a placement
+    #[command(
+        after_help = "Example:\n  occult place profile.safetensors --ranks 4 --equal -o placement.json\n  \
+                            occult permute OLMoE-1B-7B-0924/ placement.json -o permuted/\n\n\
+                            The new directory appears only when its logits agree with those of the model."
+    )]
+    Permute(PermuteArgs),
 }
 
 #[derive(Debug, Args)]
@@ -113,7 +152,7 @@ pub(crate) struct SearchArgs {
     #[arg(long, value_name = "N", conflicts_with = "equal")]
     pub(crate) max_experts_per_rank: Option<usize>,
     /// Keep the routing groups of a group-limited router whole, for a checkpoint permutation [number of groups]
-    #[arg(long, value_name = "GROUPS")]
+    #[arg(long, value_name = "GROUPS", conflicts_with = "replicas")]
     pub(crate) keep_groups: Option<usize>,
     /// Cost of a rank that a token visits [default: 1, or from --cluster]
     #[arg(long, value_parser = cost, value_name = "COST")]
@@ -276,7 +315,7 @@ pub(crate) struct ExportArgs {
     /// Hidden layers of the model, dense ones included, where the placement does not say it
     #[arg(long, value_name = "N")]
     pub(crate) hidden_layers: Option<u32>,
-    /// Routing groups of a group-limited router, which a permutation must keep whole
+    /// Routing groups of a group-limited router, which a permutation must keep whole [default: what --profile says]
     #[arg(long, value_name = "N")]
     pub(crate) groups: Option<usize>,
 }

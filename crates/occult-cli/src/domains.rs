@@ -1,7 +1,7 @@
 //! Whether one placement serves all text domains of a profile.
 
 use anyhow::Result;
-use occult_plan::{HomeRanks, LayerPlacement, LayerTraffic, RoutingBuf, Topology};
+use occult_plan::{HomeRanks, LayerPlacement, LayerTraffic, PlanError, RoutingBuf, Topology};
 use serde_json::{Value, json};
 
 use crate::tokens;
@@ -19,7 +19,7 @@ pub(crate) struct DomainFigures {
     pub(crate) load_max_over_mean: f64,
 }
 
-/// Measures the rows of each domain by themselves.
+/// Measures the rows of each domain by themselves; a domain whose rows stand for no token is left out.
 pub(crate) fn measure(
     rows: &RoutingBuf,
     domain_of_row: &[u16],
@@ -31,15 +31,18 @@ pub(crate) fn measure(
     domains.dedup();
     let measure_one = |domain| {
         let rows = tokens::select(rows, |i| domain_of_row[i] == domain);
-        let traffic = LayerTraffic::measure(placement, topology, HomeRanks::Uniform, &rows.view()?)?;
-        let summary = traffic.summary();
-        Ok(DomainFigures {
+        let summary = match LayerTraffic::measure(placement, topology, HomeRanks::Uniform, &rows.view()?) {
+            Ok(traffic) => traffic.summary(),
+            Err(PlanError::NoTokens) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Some(DomainFigures {
             domain,
             copies_per_token: summary.copies_per_token,
             load_max_over_mean: summary.load_max_over_mean,
-        })
+        }))
     };
-    domains.into_iter().map(measure_one).collect()
+    domains.into_iter().filter_map(|domain| measure_one(domain).transpose()).collect()
 }
 
 /// Means over the layers a domain appears in, by domain.
@@ -111,6 +114,9 @@ mod tests {
         let placement = LayerPlacement::from_rank_experts(4, &[[0, 1], [2, 3]]).unwrap();
         let figures = measure(&rows, &[0, 0, 1, 1], &placement, Topology::flat(2).unwrap()).unwrap();
         assert_eq!((figures[0].copies_per_token, figures[1].copies_per_token), (1.0, 2.0));
+        let silent = RoutingBuf { occurrences: Some(vec![1, 1, 0, 0]), ..rows };
+        let spoken = measure(&silent, &[0, 0, 1, 1], &placement, Topology::flat(2).unwrap()).unwrap();
+        assert_eq!(spoken.iter().map(|f| f.domain).collect::<Vec<_>>(), [0]);
         let names = ["prose".to_owned(), "code".to_owned()];
         let warnings = disagreement(&names, [figures.as_slice(), &figures].into_iter(), (1.5, 1.0));
         assert_eq!(warnings.len(), 1);

@@ -21,17 +21,6 @@ impl std::error::Error for Usage {}
 pub(crate) const HELP: &str = "Exit codes:\n  0  done\n  1  a file is not what it should be, or something cannot be read, \
                                written or computed\n  2  wrong usage\n  3  no placement within the limits was found";
 
-/// An error with its causes in one line. Many errors already say their cause: it is not said again.
-pub(crate) fn message(error: &anyhow::Error) -> String {
-    let mut text = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !text.ends_with(&cause) {
-            text = format!("{text}: {cause}");
-        }
-    }
-    text
-}
-
 /// Exit code of an error.
 pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
     if error.is::<Usage>() {
@@ -42,6 +31,19 @@ pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
         other => matches!(other, Some(PlanError::Infeasible(_))),
     });
     ExitCode::from(if infeasible { 3 } else { 1 })
+}
+
+/// The error and its causes on one line. Many of our errors quote their cause, which is not said again.
+pub(crate) fn message(error: &anyhow::Error) -> String {
+    let mut message = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if cause.starts_with(&message) {
+            message = cause;
+        } else if !message.ends_with(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
+    message
 }
 
 /// Whether the reader of our output went away (`occult ... | head`).
@@ -58,12 +60,21 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use anyhow::Context as _;
 
     #[test]
-    fn causes_are_said_once() {
-        let layer = Err::<(), _>(PlanError::NoTokens.in_layer(3)).context("a.safetensors").unwrap_err();
-        assert_eq!(message(&layer), "a.safetensors: layer 3: there are no tokens");
-        assert_eq!(message(&PlanError::NoTokens.into()), "there are no tokens");
+    fn a_cause_is_said_once() {
+        let range = || PlanError::range("max_ranks", "at least 1", 0);
+        let plan = FormatError::plan("p.safetensors", 2, 0, range());
+        let error = anyhow::Error::from(plan).context("p.safetensors");
+        assert_eq!(message(&error), "p.safetensors: layer 2: max_ranks is 0, expected at least 1");
+        let error = anyhow::Error::from(range()).context("a.st: layer 1");
+        assert_eq!(message(&error), "a.st: layer 1: max_ranks is 0, expected at least 1");
+    }
+
+    #[test]
+    fn infeasible_has_a_code_of_its_own() {
+        let infeasible = PlanError::Infeasible("why".to_owned()).in_layer(3);
+        assert_eq!(code(&anyhow::Error::from(infeasible).context("x")), ExitCode::from(3));
+        assert_eq!(code(&anyhow::Error::from(PlanError::NoTokens)), ExitCode::from(1));
     }
 }

@@ -63,10 +63,20 @@ impl Placer {
         num_experts: usize,
     ) -> Result<Self> {
         let [rank_cost, node_cost] = costs(args, cluster);
-        let equal = args.equal.then(|| (num_experts + args.replicas).div_ceil(topology.num_ranks()));
+        let slots = num_experts.saturating_add(args.replicas);
+        if args.equal && !slots.is_multiple_of(topology.num_ranks()) {
+            bail!(
+                "--equal: {num_experts} experts and {} replicas cannot be shared out equally among {} ranks",
+                args.replicas,
+                topology.num_ranks()
+            );
+        }
+        let equal = args.equal.then(|| slots / topology.num_ranks());
         let time_limit = match args.time_limit {
-            Some(s) if !(s > 0.0 && s.is_finite()) => bail!("--time-limit is {s}, expected seconds above 0"),
-            Some(s) => Some(Duration::from_secs_f64(s)),
+            Some(s) => match Duration::try_from_secs_f64(s) {
+                Ok(limit) if !limit.is_zero() => Some(limit),
+                _ => bail!("--time-limit is {s:e}, expected a number of seconds above 0"),
+            },
             None => None,
         };
         let options = SearchOptions {
@@ -88,8 +98,8 @@ impl Placer {
         self.layers_at_a_time = threads.min(num_layers) as f64 / num_layers.max(1) as f64;
     }
 
-    /// Places one layer.
-    pub(crate) fn place(&self, method: Method, input: &LayerInput<'_>) -> Result<Placed> {
+    /// Places one layer, the `layer`-th of the profile.
+    pub(crate) fn place(&self, method: Method, layer: usize, input: &LayerInput<'_>) -> Result<Placed> {
         let (e, topology) = (input.num_experts(), self.topology);
         let w = topology.num_ranks();
         // EPLB would fill the ranks with replicas that nobody asked for.
@@ -105,7 +115,7 @@ impl Placer {
         let done = |placement| Ok(Placed { placement, search: None, seconds: start.elapsed().as_secs_f64() });
         match (method, input) {
             (Method::Contiguous, _) => done(contiguous::place(e, w)?),
-            (Method::Random, _) => done(random::place(e, w, self.options.seed)?),
+            (Method::Random, _) => done(random::place(e, w, self.options.seed.wrapping_add(layer as u64))?),
             (Method::Greedy, LayerInput::Tokens(rows)) => {
                 let mut pairs = CoActivation::new(e);
                 pairs.add(&rows.view()?);
@@ -115,7 +125,8 @@ impl Placer {
                 done(greedy::place(pairs, w)?)
             }
             (Method::Eplb, _) => {
-                let slots = (e + self.options.replicas).next_multiple_of(w);
+                let slots =
+                    e.saturating_add(self.options.replicas).checked_next_multiple_of(w).unwrap_or(usize::MAX);
                 let num_groups = self.options.num_groups.unwrap_or(1);
                 let config = eplb::EplbConfig {
                     num_replicas: slots,

@@ -29,3 +29,12 @@ fn hidden_unless_terminal(total: u64) -> ProgressBar {
         ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden())
     }
 }
+
+/// Something whose length is not known.
+pub(crate) fn spinner(what: &str) -> ProgressBar {
+    let bar = hidden_unless_terminal(0);
+    bar.set_style(ProgressStyle::with_template("{spinner} {msg}  {elapsed}").expect("a valid template"));
+    bar.set_message(what.to_owned());
+    bar.enable_steady_tick(std::time::Duration::from_millis(100));
+    bar
+}

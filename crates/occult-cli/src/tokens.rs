@@ -62,7 +62,7 @@ pub(crate) fn read(
     let (train, eval) = (side(false), side(true));
     if train.num_tokens() == 0 || eval.num_tokens() == 0 {
         bail!(
-            "layer {layer}: {} rows are too few to hold out a share of {} of them (rows are held out in blocks of {BLOCK_ROWS})",
+            "{} rows are too few to hold out a share of {} of them (rows are held out in blocks of {BLOCK_ROWS})",
             held.len(),
             holdout.share
         );

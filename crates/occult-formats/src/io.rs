@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::{FormatError, Result};
 
@@ -36,6 +36,16 @@ pub(crate) fn read_exact_at(file: &File, buf: &mut [u8], offset: u64) -> io::Res
             done += n;
         }
         Ok(())
+    }
+}
+
+/// The file that `path` names, through links: a rename would replace the link itself. A file that does not exist yet is
+/// named by `path`.
+pub(crate) fn link_target(path: &Path) -> Result<PathBuf> {
+    match path.canonicalize() {
+        Ok(target) => Ok(target),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(path.to_path_buf()),
+        Err(e) => Err(FormatError::io("inspect", path, e)),
     }
 }
 

@@ -28,7 +28,7 @@ pub use error::{FormatError, Result};
 pub use export::{ExportFormat, ExportOptions, Exported, MapOptions, export, import_placement};
 pub use import::{ImportFormat, ImportOptions, ImportSummary, detect, import};
 pub use inspect::{Description, FileKind, describe};
-pub use placement_file::{PlacementFile, PlacementMeta, write_atomic};
+pub use placement_file::{PlacementFile, PlacementMeta, write_atomic, write_atomic_with};
 pub use profile::{
     Chunk, Columns, LayerRows, Profile, ProfileMeta, ProfileWriter, RouterInfo, Scoring, Source,
 };

@@ -237,12 +237,29 @@ fn problem(meta: &PlacementMeta, layers: usize) -> Option<String> {
     }
 }
 
-/// Writes a file under a temporary name in the same folder and renames it: nobody ever sees half of it.
+/// Writes a file under a temporary name in the same folder and renames it: nobody ever sees half of it. A link keeps being
+/// one: what it points to is replaced. A device or a pipe is written to as it is.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = |e| FormatError::io("write", path, e);
+    write_atomic_with(path, |file| file.write_all(bytes).map_err(|e| FormatError::io("write", path, e)))
+}
+
+/// As [`write_atomic`], piece by piece: the file appears under its name, synced, when `write` is done, and not at all after
+/// an error.
+pub fn write_atomic_with<E: From<FormatError>>(
+    path: &Path,
+    write: impl FnOnce(&mut std::fs::File) -> Result<(), E>,
+) -> Result<(), E> {
+    let failed = |e| FormatError::io("write", path, e);
     if path.is_dir() {
-        return Err(FormatError::bad(path, "", "is a directory, expected the name of a file to write"));
+        let message = "is a directory, expected the name of a file to write";
+        return Err(FormatError::bad(path, "", message).into());
     }
+    if path.exists() && !path.is_file() {
+        let mut file = std::fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
+        return write(&mut file);
+    }
+    let target = io::link_target(path)?;
+    let path = target.as_path();
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
     builder.prefix(".occult-");
@@ -252,9 +269,9 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         use std::os::unix::fs::PermissionsExt as _;
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    let mut temp = builder.tempfile_in(folder).map_err(write)?;
-    temp.write_all(bytes).map_err(write)?;
-    temp.as_file().sync_all().map_err(write)?;
+    let mut temp = builder.tempfile_in(folder).map_err(failed)?;
+    write(temp.as_file_mut())?;
+    temp.as_file().sync_all().map_err(failed)?;
     temp.persist(path).map_err(|e| FormatError::io("rename a temporary file to", path, e.error))?;
     Ok(())
 }

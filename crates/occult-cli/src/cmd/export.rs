@@ -9,19 +9,21 @@ use crate::setup;
 
 pub(super) fn run(args: &ExportArgs) -> Result<()> {
     let file = PlacementFile::read(&args.placement)?;
-    let counts = match &args.profile {
+    let (counts, num_groups) = match &args.profile {
         Some(path) => {
             let profile = setup::profile(path)?;
             file.check_against(profile.meta()).with_context(|| args.placement.display().to_string())?;
-            Some((0..profile.num_layers()).map(|l| profile.counts(l)).collect::<Result<Vec<_>, _>>()?)
+            let counts =
+                (0..profile.num_layers()).map(|l| profile.counts(l)).collect::<Result<Vec<_>, _>>()?;
+            (Some(counts), profile.meta().router.as_ref().and_then(|r| r.num_groups))
         }
-        None => None,
+        None => (None, None),
     };
     let options = ExportOptions {
         counts,
         slots_per_rank: args.slots_per_rank,
         num_hidden_layers: args.hidden_layers,
-        num_groups: args.groups,
+        num_groups: args.groups.or(num_groups),
         ..ExportOptions::default()
     };
     let exported = occult_formats::export(&file, args.format, &options)

@@ -1,10 +1,16 @@
 //! One file per command.
 
+mod convert;
 mod demo;
+mod eval;
 mod export;
+mod generate;
 mod import;
 mod inspect;
+mod logits;
+mod permute;
 mod place;
+mod profile;
 mod prune;
 mod report;
 mod stats;
@@ -26,5 +32,11 @@ pub(crate) fn run(command: Command) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args),
         Command::Prune(args) => prune::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Profile(args) => profile::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Convert(args) => convert::run(&args),
+        Command::Permute(args) => permute::run(&args),
     }
 }

@@ -96,7 +96,7 @@ fn place_layer(
     if profile.num_rows(layer).is_none() {
         let (counts, pairs) = (profile.counts(layer)?, profile.coactivation(layer)?);
         let input = LayerInput::Counts { counts: &counts, coactivation: pairs.as_ref() };
-        let placed = placer.place(args.method, &input)?;
+        let placed = placer.place(args.method, layer, &input)?;
         let figures = LayerFigures::of_counts(layer_id, &placed.placement, &counts, pairs.as_ref());
         return Ok(LayerResult {
             placement: placed.placement,
@@ -109,7 +109,7 @@ fn place_layer(
     }
     let columns = Columns { domains: true, ..Columns::IDS };
     let rows = tokens::read(profile, layer, columns, args.search.max_tokens, holdout)?;
-    let placed = placer.place(args.method, &LayerInput::Tokens(&rows.train))?;
+    let placed = placer.place(args.method, layer, &LayerInput::Tokens(&rows.train))?;
     let figures =
         measuring::measure_rows(layer_id, &rows.eval, &placed.placement, placer.topology, Home::Uniform)?;
     let domains = match &rows.eval_domains {
@@ -145,6 +145,23 @@ fn warnings(args: &PlaceArgs, profile: &Profile, placer: &Placer, results: &[Lay
             "the default load cap of {} cannot be met on layers {}: their least loaded placement was taken; --replicas can help",
             placer.options.load_cap,
             relaxed.join(", ")
+        ));
+    }
+    let rows = (0..profile.num_layers()).filter_map(|l| profile.num_rows(l)).max().unwrap_or(0);
+    if rows > args.search.max_tokens {
+        warnings.push(format!(
+            "{} of up to {rows} rows per layer were used, evenly spaced: --max-tokens reads more",
+            args.search.max_tokens
+        ));
+    }
+    let experts = profile.meta().num_experts;
+    let added = |r: &LayerResult| r.placement.num_slots() - experts;
+    if let (Method::Search, Some(least)) = (args.method, results.iter().map(added).min())
+        && least < args.search.replicas
+    {
+        warnings.push(format!(
+            "some layers got only {least} of {} replicas: no further one was found to help under the load cap",
+            args.search.replicas
         ));
     }
     let read = |r: &LayerResult| r.train_tokens > 0 && args.search.holdout == 0.0;
@@ -224,25 +241,38 @@ fn text(
             results.iter().filter_map(|r| r.search.as_ref()).map(f).sum::<f64>() / results.len() as f64
         };
         let (found, bound) = (mean(|s| s.copies_per_token), mean(|s| s.copies_lower_bound));
+        let bounded = results.iter().all(|r| gap(r, placer.options.load_cap).is_some());
+        let gap = |found: f64, bound: f64| match found / bound - 1.0 {
+            // Replicas, or a cap that had to be left, can go below it.
+            below if below < -1e-9 => " (below it)".to_owned(),
+            above if bounded => format!(" (gap at most {:.1} %)", 100.0 * above.max(0.0)),
+            _ => String::new(),
+        };
         text.push_str(&format!(
             "\nOn the rows it searched: {found:.3} copies per token; no placement without replicas under this cap has fewer than \
-             {bound:.3}"
+             {bound:.3}{}.\n",
+            gap(found, bound)
         ));
-        let cap = placer.options.load_cap;
-        text.push_str(&match results.iter().map(|r| gap(r, cap)).collect::<Option<Vec<_>>>() {
-            Some(_) => format!(" (gap at most {:.1} %).\n", 100.0 * (found / bound - 1.0)),
-            None => ".\n".to_owned(),
-        });
+        if topology.num_nodes() > 1 {
+            let (found, bound) = (mean(|s| s.node_copies_per_token), mean(|s| s.node_copies_lower_bound));
+            text.push_str(&format!(
+                "Nodes per token: {found:.3}, not fewer than {bound:.3}{}.\n",
+                gap(found, bound)
+            ));
+        }
         let spread = mean(|s| {
             let worst = s.restart_copies.iter().copied().fold(0.0, f64::max);
             let best = s.restart_copies.iter().copied().fold(f64::INFINITY, f64::min);
             if worst > 0.0 { worst / best - 1.0 } else { 0.0 }
         });
-        text.push_str(&format!(
-            "Its {} restarts per layer differ by {:.1} % from best to worst.\n",
-            first.restart_copies.len(),
-            100.0 * spread
-        ));
+        // With replicas the restarts are of several problems: their spread tells nothing.
+        if first.restart_copies.len() > 1 && args.search.replicas == 0 {
+            text.push_str(&format!(
+                "Its {} restarts per layer differ by {:.1} % from best to worst.\n",
+                first.restart_copies.len(),
+                100.0 * spread
+            ));
+        }
     }
     if args.explain {
         text.push_str(&explain(args, placer, results, topology));

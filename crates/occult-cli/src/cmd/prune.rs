@@ -1,6 +1,7 @@
 //! `occult prune`
 
 use anyhow::{Result, bail};
+use occult_plan::Topology;
 use serde_json::json;
 
 use crate::args::{PruneArgs, PruneRule};
@@ -35,7 +36,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let ids = &profile.meta().layer_ids;
     if args.json {
         let layers_json: Vec<_> =
-            ids.iter().zip(&layers).map(|(&id, l)| figures_json(id.into(), l)).collect();
+            ids.iter().zip(&layers).map(|(&id, l)| figures_json(id.into(), l, topology)).collect();
         return print_json(&json!({
             "profile": args.profile,
             "placement": args.placement,
@@ -44,7 +45,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
             "keep_mass": args.keep_mass,
             "ranks_only": args.ranks_only,
             "layers": layers_json,
-            "mean": figures_json(serde_json::Value::Null, &mean(&layers)),
+            "mean": figures_json(serde_json::Value::Null, &mean(&layers), topology),
         }));
     }
     let mut table = Table::new([
@@ -87,13 +88,16 @@ fn mean(layers: &[PrunedLayer]) -> PrunedLayer {
     PrunedLayer { stats: pruning::total(layers), load_max_over_mean: pruning::mean_load(layers) }
 }
 
-fn figures_json(layer: serde_json::Value, pruned: &PrunedLayer) -> serde_json::Value {
+fn figures_json(layer: serde_json::Value, pruned: &PrunedLayer, topology: Topology) -> serde_json::Value {
     let s = &pruned.stats;
+    // A token lives on any rank with equal probability, as in `traffic`.
+    let away = (topology.num_ranks() - 1) as f64 / topology.num_ranks() as f64;
     json!({
         "layer": layer,
         "tokens": s.tokens,
         "copies_per_token_before": s.copies_per_token_before(),
         "copies_per_token": s.copies_per_token_after(),
+        "remote_copies_per_token": s.copies_per_token_after() * away,
         "retained_mass": s.retained_mass(),
         "relative_mass": s.relative_mass(),
         "replaced_experts": s.replaced_experts,

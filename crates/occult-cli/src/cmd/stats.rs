@@ -2,13 +2,14 @@
 
 use anyhow::{Result, bail};
 use occult_formats::Profile;
+use occult_plan::TrafficSummary;
 use occult_plan::graph::subgraph_curve;
 use occult_plan::placement::contiguous;
 use serde_json::{Value, json};
 
 use crate::args::StatsArgs;
 use crate::measuring::{self, COUNTS_ONLY, LayerFigures};
-use crate::output::{print, print_json};
+use crate::output::{figure, print, print_json};
 use crate::{parallel, progress, setup};
 
 pub(super) fn run(args: &StatsArgs) -> Result<()> {
@@ -67,11 +68,49 @@ pub(super) fn run(args: &StatsArgs) -> Result<()> {
         topology.num_nodes()
     ));
     text.push_str(&measuring::table(&figures, topology.num_nodes() > 1));
+    text.push_str(&more_text(&figures, &extras));
     text.push_str(
         "\ncopies/token: distinct ranks a token visits (C_T); remote: those not at home; uniform: C_T if routers chose at random;\n\
          optimum: ceil(K W / E); intra: share of co-active pairs on one rank; balanced: mean/max load.\n",
     );
     print(&text)
+}
+
+/// What the table has no room for: means, and the connected sub-graphs of the first and the last layer.
+fn more_text(figures: &[LayerFigures], extras: &[Value]) -> String {
+    let mut text = String::new();
+    let summaries: Option<Vec<TrafficSummary>> = figures.iter().map(|f| f.summary).collect();
+    if let Some(mean) = summaries.as_deref().and_then(TrafficSummary::mean) {
+        text.push_str(&format!(
+            "\nMeans: bounds of copies/token {:.0} to {:.0}; intra {} of pairs, {:.3} with each expert paired with itself too; \
+             imbalance (max - mean)/mean {:.3}; {:.1} experts touched.\n",
+            mean.copies_lower_bound,
+            mean.copies_upper_bound,
+            figure(mean.intra_fraction, 3),
+            mean.intra_fraction_with_self,
+            mean.imbalance_ratio,
+            mean.experts_touched
+        ));
+    }
+    let mut ends = vec![0, figures.len() - 1];
+    ends.dedup();
+    for i in ends {
+        let points = extras[i]["connected_subgraphs"].as_array().map_or(&[][..], Vec::as_slice);
+        if points.is_empty() {
+            continue;
+        }
+        let step = (points.len() / 10).max(1);
+        let shown = points
+            .iter()
+            .step_by(step)
+            .map(|p| format!("{:.2}: {}", p["threshold"].as_f64().unwrap_or(0.0), p["num_subgraphs"]));
+        text.push_str(&format!(
+            "Connected sub-graphs of layer {} when pairs weaker than a share of the strongest are cut: {}\n",
+            figures[i].layer_id,
+            Vec::from_iter(shown).join(", ")
+        ));
+    }
+    text
 }
 
 /// Connected sub-graphs, and how uneven single experts are.

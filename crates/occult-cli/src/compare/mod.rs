@@ -76,10 +76,11 @@ struct PrunedLayer {
 /// Places, measures and prunes every layer. The profile must have token-level rows.
 pub(crate) fn run(request: &Request<'_>) -> Result<Comparison> {
     let (profile, topology) = (request.profile, request.topology);
-    let placer = Placer::new(request.search, topology, None, profile.meta().num_experts)?;
+    let mut placer = Placer::new(request.search, topology, None, profile.meta().num_experts)?;
     let holdout = Holdout::new(request.search.holdout, request.search.seed)?;
     let bar = progress::bar(profile.num_layers() as u64, "comparing layers");
     let threads = setup::threads(request.search.threads);
+    placer.share_time(profile.num_layers(), threads);
     let layers = parallel::map_ordered(profile.num_layers(), threads, |layer| {
         let path = profile.path().display();
         anyhow::ensure!(
@@ -114,7 +115,7 @@ fn compare_layer(
     let mut methods = Vec::new();
     let mut relaxed = false;
     for method in METHODS {
-        let placed = placer.place(method, &LayerInput::Tokens(&rows.train))?;
+        let placed = placer.place(method, layer, &LayerInput::Tokens(&rows.train))?;
         let bound = placed.search.as_ref().map(|s| s.copies_lower_bound);
         relaxed |= placed.search.is_some_and(|s| s.load_max_over_mean > placer.options.load_cap + 1e-9);
         methods.push(measure(placed.placement, bound)?);
@@ -129,7 +130,7 @@ fn compare_layer(
         placer.options.load_cap = cap;
         placer.options.relax_cap = true;
         placer.options.restarts = Some(placer.options.restarts.unwrap_or(2).min(2));
-        let placed = placer.place(Method::Search, &LayerInput::Tokens(&rows.train))?;
+        let placed = placer.place(Method::Search, layer, &LayerInput::Tokens(&rows.train))?;
         let figures =
             measuring::measure_rows(layer_id, &rows.eval, &placed.placement, topology, Home::Uniform)?;
         let copies = figures.summary.map_or(f64::NAN, |s| s.copies_per_token);

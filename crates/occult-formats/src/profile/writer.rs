@@ -9,7 +9,7 @@ use serde_json::json;
 use super::spool::{Spool, Track};
 use super::{Column, FORMAT, ProfileMeta};
 use crate::error::{FormatError, Result};
-use crate::io::{put_f32, put_u16, put_u32, put_u64};
+use crate::io::{link_target, put_f32, put_u16, put_u32, put_u64};
 use crate::{MAX_COUNT, MAX_EXPERTS};
 
 /// Writes one profile. Rows go to an unnamed temporary file in the output's folder; [`finish`](Self::finish) puts the
@@ -45,6 +45,11 @@ impl ProfileWriter {
         if path.is_dir() {
             return Err(FormatError::bad(path, "", "is a directory, expected the name of a file to write"));
         }
+        if path.exists() && !path.is_file() {
+            let message = "is not a regular file: a profile is renamed to its name when it is complete";
+            return Err(FormatError::bad(path, "", message));
+        }
+        let path = &link_target(path)?;
         let spool = tempfile::tempfile_in(folder(path))
             .map_err(|e| FormatError::io("make a temporary file beside", path, e))?;
         let layers = meta.layer_ids.iter().map(|_| LayerTracks::default()).collect();

@@ -109,6 +109,8 @@ fn with_replica(placement: &LayerPlacement, expert: ExpertId, rank: Rank) -> Res
 fn candidates(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement) -> Vec<(ExpertId, Rank)> {
     let (e, w, topology) = (graph.num_experts(), placement.num_ranks(), problem.topology);
     let mut gain = vec![0.0f64; e * w];
+    // moved[expert, rank]: tokens that would be served there instead, because they visit that rank anyway.
+    let mut moved = vec![0.0f64; e * w];
     // served[expert, rank]: tokens of the expert that this rank serves now.
     let mut served = vec![0i64; e * w];
     let mut on_rank = vec![0u32; w];
@@ -128,8 +130,9 @@ fn candidates(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement)
                 let saves_node = on_node[node] == 1 && other != node;
                 let saved = problem.costs.rank + if saves_node { problem.costs.node } else { 0.0 };
                 // Several experts may share `to`: count it once.
-                gain[usize::from(id) * w + usize::from(to)] +=
-                    weight as f64 * saved / f64::from(on_rank[usize::from(to)]);
+                let tokens = weight as f64 / f64::from(on_rank[usize::from(to)]);
+                gain[usize::from(id) * w + usize::from(to)] += tokens * saved;
+                moved[usize::from(id) * w + usize::from(to)] += tokens;
             }
         }
         for &r in ranks {
@@ -154,7 +157,8 @@ fn candidates(graph: &Hypergraph, problem: &Problem, placement: &LayerPlacement)
             over.min(served[expert * w + usize::from(from)] / 2).min((max_load - load[to]).max(0))
         });
         let score = gain + problem.forbidden * relief.max().unwrap_or(0) as f64;
-        if score > 0.0 {
+        let fits = load[to] as f64 + moved[i] <= max_load as f64;
+        if score > 0.0 && fits {
             order.push((score, i));
         }
     }

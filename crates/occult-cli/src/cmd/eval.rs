@@ -1,0 +1,114 @@
+//! `occult eval`
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use occult_model::eval::{ChoiceItem, ChoiceScores, Perplexity, perplexity, read_items, score_item};
+use occult_model::hf::GenerationDefaults;
+use occult_model::{Decoder, TextTokenizer};
+use serde_json::{Value, json};
+
+use crate::model_args::EvalArgs;
+use crate::output::{Table, print, print_json};
+use crate::{inputs, model, progress};
+
+pub(super) fn run(args: &EvalArgs) -> Result<()> {
+    let dir = &args.load.model;
+    // What can be wrong without the weights is found before they are read.
+    let spec = occult_model::hf::read_spec(dir)?;
+    let window = model::window(args.context, &spec)?;
+    let needs_text = !args.text.is_empty() || !args.tasks.is_empty();
+    let tokenizer = if needs_text { Some(model::tokenizer(dir, &spec)?) } else { None };
+    let defaults = GenerationDefaults::read(dir)?;
+    // As lm-evaluation-harness: what a text without a beginning is conditioned on.
+    let prefix = defaults.bos_id.or(defaults.eos_ids.first().copied());
+    let questions = args.tasks.iter().map(|path| Ok((path.as_path(), read_items(path)?)));
+    let questions = questions.collect::<Result<Vec<_>>>()?;
+    let decoder = model::load(&args.load)?;
+
+    let mut texts: Vec<(&Path, Perplexity)> = Vec::new();
+    let mut total = Perplexity::default();
+    let bar = progress::bar((args.text.len() + args.ids.len()) as u64, "texts");
+    for path in &args.text {
+        let Some(tokenizer) = &tokenizer else { continue };
+        let ids = inputs::text(path, tokenizer, args.max_tokens)?;
+        let score =
+            perplexity(&decoder, &ids, prefix, window, None).with_context(|| path.display().to_string())?;
+        total.add(&score);
+        texts.push((path, score));
+        bar.inc(1);
+    }
+    for path in &args.ids {
+        let mut score = Perplexity::default();
+        let mut left = args.max_tokens.unwrap_or(usize::MAX);
+        for ids in inputs::ids(path)? {
+            let ids = &ids[..ids.len().min(left)];
+            left -= ids.len();
+            let part =
+                perplexity(&decoder, ids, None, window, None).with_context(|| path.display().to_string())?;
+            score.add(&part);
+        }
+        total.add(&score);
+        texts.push((path, score));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+
+    let mut tasks = Vec::new();
+    for (path, items) in &questions {
+        let Some(tokenizer) = &tokenizer else { continue };
+        tasks.push((path, choices(path, items, &decoder, tokenizer, prefix)?));
+    }
+
+    if args.json {
+        let text = |path: Value, p: &Perplexity| json!({ "file": path, "perplexity": p.value(), "nll": p.nll, "tokens": p.tokens });
+        let task = |(path, s): &(_, ChoiceScores)| json!({ "file": path, "items": s.items, "acc": s.acc(), "acc_norm": s.acc_norm() });
+        return print_json(&json!({
+            "model": dir,
+            "window": window,
+            "texts": texts.iter().map(|(path, p)| text(json!(path), p)).collect::<Vec<_>>(),
+            "total": if texts.is_empty() { Value::Null } else { text(Value::Null, &total) },
+            "tasks": tasks.iter().map(task).collect::<Vec<_>>(),
+        }));
+    }
+    let mut out = String::new();
+    if !texts.is_empty() {
+        let mut table = Table::new(["text", "tokens", "perplexity"]);
+        let mut row = |name: String, p: &Perplexity| {
+            table.row([name, p.tokens.to_string(), format!("{:.4}", p.value())])
+        };
+        texts.iter().for_each(|(path, p)| row(path.display().to_string(), p));
+        if texts.len() > 1 {
+            row("all".to_owned(), &total);
+        }
+        out.push_str(&table.render());
+    }
+    if !tasks.is_empty() {
+        let mut table = Table::new(["task", "items", "acc", "acc_norm"]);
+        for (path, s) in &tasks {
+            let (acc, norm) = (format!("{:.4}", s.acc()), format!("{:.4}", s.acc_norm()));
+            table.row([path.display().to_string(), s.items.to_string(), acc, norm]);
+        }
+        out.push_str(&table.render());
+    }
+    print(&out)
+}
+
+fn choices(
+    path: &Path,
+    items: &[ChoiceItem],
+    decoder: &Decoder,
+    tokenizer: &TextTokenizer,
+    prefix: Option<u32>,
+) -> Result<ChoiceScores> {
+    let encode = |text: &str, special: bool| tokenizer.encode(text, special);
+    let mut scores = ChoiceScores::default();
+    let bar = progress::bar(items.len() as u64, "questions");
+    for (i, item) in items.iter().enumerate() {
+        let score = score_item(decoder, &encode, prefix, item);
+        scores.add(&score.with_context(|| format!("{}: question {}", path.display(), i + 1))?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(scores)
+}

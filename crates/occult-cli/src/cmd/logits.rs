@@ -1,0 +1,106 @@
+//! `occult logits`
+
+use std::fs::File;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+
+use anyhow::{Context, Result, bail};
+use occult_formats::write_atomic_with;
+use occult_model::{Batch, Decoder, Logits, PREFILL_CHUNK, RoutingRecord};
+use serde_json::json;
+
+use crate::model_args::LogitsArgs;
+use crate::output::print;
+use crate::{inputs, model, progress};
+
+/// Most positions, padding included.
+const MAX_POSITIONS: usize = 1 << 26;
+
+pub(super) fn run(args: &LogitsArgs) -> Result<()> {
+    let sequences = inputs::ids(&args.ids)?;
+    let decoder = model::load(&args.load)?;
+    let shape = Shape::of(&sequences, &decoder).with_context(|| args.ids.display().to_string())?;
+    write_atomic_with(&args.out, |file| write(file, &sequences, &decoder, &shape))
+        .with_context(|| format!("computing {}", args.out.display()))?;
+    let Shape { batch, len, vocab, layers, top_k } = shape;
+    print(&format!(
+        "{}: logits [{batch}, {len}, {vocab}] f32, expert_ids [{layers}, {batch}, {len}, {top_k}] i64\n",
+        args.out.display()
+    ))
+}
+
+/// The letters of the two tensors' shapes.
+struct Shape {
+    batch: usize,
+    len: usize,
+    vocab: usize,
+    layers: usize,
+    top_k: usize,
+}
+
+impl Shape {
+    fn of(sequences: &[Vec<u32>], decoder: &Decoder) -> Result<Self> {
+        let spec = decoder.spec();
+        for (i, s) in sequences.iter().enumerate() {
+            if s.len() > spec.context_len {
+                bail!("sequence {i} has {} tokens, the model's context is {}", s.len(), spec.context_len);
+            }
+            if let Some(id) = s.iter().find(|&&id| id as usize >= spec.vocab_size) {
+                bail!("sequence {i} has token id {id}, the model's vocabulary has {}", spec.vocab_size);
+            }
+        }
+        let (batch, len) = (sequences.len(), sequences.iter().map(Vec::len).max().unwrap_or(0));
+        if batch.saturating_mul(len) > MAX_POSITIONS {
+            bail!("{batch} sequences of up to {len} tokens are more than {MAX_POSITIONS} positions");
+        }
+        let (layers, top_k) = (spec.num_moe_layers(), spec.moe.router.top_k);
+        Ok(Self { batch, len, vocab: spec.vocab_size, layers, top_k })
+    }
+}
+
+/// `expert_ids` stands first, so that both tensors are aligned, and is known last: logits go straight to the file.
+fn write(file: &mut File, sequences: &[Vec<u32>], decoder: &Decoder, shape: &Shape) -> Result<()> {
+    let &Shape { batch, len, vocab, layers, top_k } = shape;
+    let (ids_bytes, logits_bytes) = (8 * layers * batch * len * top_k, 4 * batch * len * vocab);
+    let header = json!({
+        "expert_ids": { "dtype": "I64", "shape": [layers, batch, len, top_k], "data_offsets": [0, ids_bytes] },
+        "logits": { "dtype": "F32", "shape": [batch, len, vocab], "data_offsets": [ids_bytes, ids_bytes + logits_bytes] },
+    });
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut expert_ids = vec![-1i64; layers * batch * len * top_k];
+    let bar = progress::bar(sequences.iter().map(|s| s.len() as u64).sum(), "tokens");
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    let data = out.stream_position()?;
+    out.seek(SeekFrom::Start(data + ids_bytes as u64))?;
+    for (b, sequence) in sequences.iter().enumerate() {
+        let mut at = len - sequence.len();
+        write_f32(&mut out, &vec![0.0; at * vocab])?;
+        let mut cache = decoder.new_cache();
+        for chunk in sequence.chunks(PREFILL_CHUNK) {
+            let mut observe = |r: &RoutingRecord<'_>| {
+                let from = ((r.moe_layer * batch + b) * len + at) * top_k;
+                for (to, &id) in expert_ids[from..].iter_mut().zip(&r.routing.expert_ids) {
+                    *to = id.into();
+                }
+                Ok(())
+            };
+            let logits =
+                decoder.forward(&Batch::single(chunk)?, Some(&mut cache), Logits::All, Some(&mut observe))?;
+            write_f32(&mut out, &logits.flatten_all()?.to_vec1()?)?;
+            at += chunk.len();
+            bar.inc(chunk.len() as u64);
+        }
+    }
+    bar.finish_and_clear();
+    out.seek(SeekFrom::Start(data))?;
+    for id in &expert_ids {
+        out.write_all(&id.to_le_bytes())?;
+    }
+    Ok(out.flush()?)
+}
+
+fn write_f32(out: &mut impl Write, values: &[f32]) -> std::io::Result<()> {
+    values.iter().try_for_each(|v| out.write_all(&v.to_le_bytes()))
+}

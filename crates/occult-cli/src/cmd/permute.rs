@@ -1,0 +1,37 @@
+//! `occult permute`
+
+use anyhow::{Context, Result};
+use occult_formats::PlacementFile;
+use occult_model::{LoadOptions, MAX_LOGIT_DIFFERENCE, ModelFiles, PermuteReport};
+use serde_json::json;
+
+use crate::model_args::PermuteArgs;
+use crate::output::{print, print_json};
+use crate::{inputs, model, progress};
+
+pub(super) fn run(args: &PermuteArgs) -> Result<()> {
+    let file = PlacementFile::read(&args.placement)?;
+    let files = ModelFiles::open(&args.model, LoadOptions::default())?;
+    let meta = model::profile_meta(files.spec(), model::name(&args.model));
+    file.check_against(&meta).with_context(|| args.placement.display().to_string())?;
+    let sample = args.ids.as_deref().map(inputs::ids).transpose()?;
+    let sample = sample.as_ref().and_then(|s| s.first()).map(Vec::as_slice);
+    let spinner = progress::spinner(&format!("writing and checking {}", args.output.display()));
+    let report = occult_model::permute(&args.model, &file.placement, &args.output, sample);
+    spinner.finish_and_clear();
+    let PermuteReport { checked_tokens, logit_difference, routing_changes, .. } = report?;
+    if args.json {
+        return print_json(&json!({
+            "output": args.output,
+            "checked_tokens": checked_tokens,
+            "logit_difference": logit_difference,
+            "logit_difference_limit": MAX_LOGIT_DIFFERENCE,
+            "routing_changes": routing_changes,
+        }));
+    }
+    print(&format!(
+        "{}: on {checked_tokens} tokens logits differ by {logit_difference:.1e} of their range (limit {MAX_LOGIT_DIFFERENCE:.0e}); \
+         {routing_changes} router choices changed\n",
+        args.output.display()
+    ))
+}

@@ -1,0 +1,66 @@
+//! Models as commands need them: opened, loaded, described as a profile describes them.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use occult_formats::{ProfileMeta, RouterInfo, Scoring};
+use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, TextTokenizer};
+
+use crate::model_args::LoadArgs;
+use crate::progress;
+
+/// Tokens of a window when nobody says otherwise.
+const WINDOW: usize = 2048;
+
+/// Loads a model with all experts in this process.
+pub(crate) fn load(args: &LoadArgs) -> Result<Decoder> {
+    if let Some(threads) = args.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1));
+        pool.build_global().context("cannot start worker threads")?;
+    }
+    let options = LoadOptions { dtype: args.dtype.map(|d| d.stored()) };
+    let files = ModelFiles::open(&args.model, options)?;
+    let spinner = progress::spinner(&format!("loading {}", args.model.display()));
+    let decoder = files.load();
+    spinner.finish_and_clear();
+    Ok(decoder?)
+}
+
+/// The tokenizer of a model directory.
+pub(crate) fn tokenizer(dir: &Path, spec: &ModelSpec) -> Result<TextTokenizer> {
+    Ok(TextTokenizer::open(dir, spec)?)
+}
+
+/// Window length: what was asked for, checked, or the default.
+pub(crate) fn window(asked: Option<usize>, spec: &ModelSpec) -> Result<usize> {
+    match asked {
+        None => Ok(WINDOW.min(spec.context_len)),
+        Some(n) if (1..=spec.context_len).contains(&n) => Ok(n),
+        Some(n) => bail!("--context is {n}, expected 1 to {} (the model's context)", spec.context_len),
+    }
+}
+
+/// Name of a directory, links and dots resolved.
+pub(crate) fn name(dir: &Path) -> String {
+    let resolved = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+    resolved.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+/// What a profile of this model says about it.
+pub(crate) fn profile_meta(spec: &ModelSpec, name: String) -> ProfileMeta {
+    let router = spec.moe.router;
+    ProfileMeta {
+        num_experts: router.num_experts,
+        top_k: Some(router.top_k),
+        layer_ids: spec.moe_layers().map(|l| l as u32).collect(),
+        num_hidden_layers: Some(spec.layers.len() as u32),
+        model: Some(name),
+        router: Some(RouterInfo {
+            norm_topk_prob: router.norm_topk,
+            num_groups: router.groups.map(|g| g.num_groups),
+            topk_groups: router.groups.map(|g| g.top_groups),
+            scoring: Scoring::Softmax,
+        }),
+        ..ProfileMeta::default()
+    }
+}

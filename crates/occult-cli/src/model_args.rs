@@ -1,0 +1,180 @@
+//! Arguments of the commands that read a model.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use occult_model::StoredDtype;
+use occult_model::hf::ExpertLayout;
+
+/// Number formats of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Dtype {
+    pub(crate) fn stored(self) -> StoredDtype {
+        match self {
+            Dtype::F32 => StoredDtype::F32,
+            Dtype::Bf16 => StoredDtype::Bf16,
+            Dtype::F16 => StoredDtype::F16,
+        }
+    }
+}
+
+/// How the experts of a layer are named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Layout {
+    /// Three matrices for every expert: the released names
+    PerExpert,
+    /// Two tensors with all experts
+    Fused,
+}
+
+impl Layout {
+    pub(crate) fn expert_layout(self) -> ExpertLayout {
+        match self {
+            Layout::PerExpert => ExpertLayout::PerExpert,
+            Layout::Fused => ExpertLayout::Fused,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Model directory: config.json, safetensors files, tokenizer.json
+    pub(crate) model: PathBuf,
+    /// Number format in which weights are held; arithmetic is f32 [default: as stored]
+    #[arg(long, value_enum, value_name = "DTYPE")]
+    pub(crate) dtype: Option<Dtype>,
+    /// Worker threads [default: the cores of this machine]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogitsArgs {
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    /// Token ids: a JSON list of lists, or safetensors with `input_ids` [batch, len]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ids: PathBuf,
+    /// safetensors file to write
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ProfileArgs {
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    /// Text files
+    #[arg(long, num_args = 1.., value_name = "FILE", required_unless_present = "ids")]
+    pub(crate) text: Vec<PathBuf>,
+    /// Files of token ids (as `occult logits` reads them), which need no tokenizer
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub(crate) ids: Vec<PathBuf>,
+    /// Profile to write
+    #[arg(short, long, value_name = "PROFILE")]
+    pub(crate) output: PathBuf,
+    /// Tokens that a text is cut into and that see each other [default: 2048, or the model's context if that is less]
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+    /// Most tokens of every file
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<usize>,
+    /// Name of the model in the profile [default: the name of its directory]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// Print what was made as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    /// Text to continue, or with --chat what the user says
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: String,
+    /// Put the prompt into the model's chat template
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// What the chat's system message says
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub(crate) system: Option<String>,
+    /// 0 takes the most probable token [default: what the model's authors recommend, else 0]
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f32>,
+    /// Draw from the most probable tokens that make up this share [default: what the authors recommend, else 1]
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Most tokens to generate
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub(crate) max_tokens: usize,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Print text, ids and figures as JSON at the end instead of text as it comes
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    /// Text files to measure the perplexity of
+    #[arg(long, num_args = 1.., value_name = "FILE", required_unless_present_any = ["ids", "tasks"])]
+    pub(crate) text: Vec<PathBuf>,
+    /// Files of token ids (as `occult logits` reads them) to measure the perplexity of
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub(crate) ids: Vec<PathBuf>,
+    /// Multiple-choice questions, JSONL
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub(crate) tasks: Vec<PathBuf>,
+    /// Tokens of a window of text [default: 2048, or the model's context if that is less]
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+    /// Most tokens of every text
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<usize>,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// Model directory
+    pub(crate) model: PathBuf,
+    /// New directory
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// How experts are named [default: as they are]
+    #[arg(long, value_enum)]
+    pub(crate) layout: Option<Layout>,
+    /// Number format of the weights [default: as stored]
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<Dtype>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PermuteArgs {
+    /// Model directory
+    pub(crate) model: PathBuf,
+    /// Placement with equally many experts on every rank (`occult place --equal`)
+    pub(crate) placement: PathBuf,
+    /// New directory
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+    /// Token ids to compare the logits on: the first sequence of the file [default: made-up ones]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ids: Option<PathBuf>,
+    /// Print the figures as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,17 @@
+//! Hugging Face model directories: configuration, tensor names, weights. Everything that knows a family by name is here.
+
+mod checkpoint;
+mod config;
+mod generation;
+mod keys;
+mod names;
+mod rope;
+mod shard;
+pub(crate) mod write;
+
+pub use checkpoint::Checkpoint;
+pub(crate) use checkpoint::{INDEX, SINGLE, read_json};
+pub(crate) use config::CONFIG;
+pub use config::read_spec;
+pub use generation::GenerationDefaults;
+pub use names::{ExpertLayout, Matrix, Names, ParameterCounts, Role, TensorInfo};

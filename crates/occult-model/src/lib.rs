@@ -1,0 +1,48 @@
+//! Mixture-of-Experts language models: released checkpoints in, the same logits out, routing recorded.
+//!
+//! - [`ModelFiles::open`] reads a Hugging Face directory (headers only), [`ModelFiles::load`] makes a [`Decoder`].
+//! - [`Decoder::forward`] runs a [`Batch`], with or without a [`KvCache`], and shows a [`RoutingObserver`] what the
+//!   routers decided.
+//! - [`MoeLayer`] is the seam for other ways to compute the routed experts; [`LocalExperts`] is the plain exact one.
+//! - [`generate`], [`eval`], [`convert`], [`permute`]: text, measures, and checkpoints written back.
+//!
+//! Letters: `B` sequences, `T` positions of a batch, `S` positions with those before, `D` hidden size, `E` experts,
+//! `K` top_k, `F` width of an expert, `V` vocabulary.
+//!
+//! Activations and arithmetic are f32 on CPU; weights stay in the format they are stored in.
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod batch;
+mod decoder;
+pub mod error;
+pub mod eval;
+mod generate;
+pub mod hf;
+mod kv_cache;
+mod layers;
+mod load;
+mod mask;
+mod moe;
+mod permute;
+mod rewrite;
+mod sample;
+pub mod spec;
+#[cfg(feature = "tokenizer")]
+mod text;
+mod weight;
+
+pub use batch::Batch;
+pub use decoder::{Decoder, Logits};
+pub use error::{ModelError, Result};
+pub use generate::{GenerateOptions, Generated, PREFILL_CHUNK, Stop, all_logits, generate, prefill};
+pub use kv_cache::KvCache;
+pub use layers::{Linear, Mlp};
+pub use load::{LoadOptions, MakeMoeLayer, ModelFiles};
+pub use moe::{ExpertWeights, LocalExperts, MoeLayer, Router, RoutingObserver, RoutingRecord};
+pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
+pub use rewrite::{ConvertOptions, convert};
+pub use sample::{Sampler, Sampling};
+pub use spec::{Family, ModelSpec};
+#[cfg(feature = "tokenizer")]
+pub use text::{Message, TextTokenizer};
+pub use weight::{StoredDtype, Values, Weight};
