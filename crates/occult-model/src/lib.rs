@@ -4,7 +4,7 @@
 //! - [`Decoder::forward`] runs a [`Batch`], with or without a [`KvCache`], and shows a [`RoutingObserver`] what the
 //!   routers decided.
 //! - [`MoeLayer`] is the seam for other ways to compute the routed experts; [`LocalExperts`] is the plain exact one.
-//! - [`generate`], [`eval`], [`convert`], [`permute`]: text, measures, and checkpoints written back.
+//! - [`generate()`], [`eval`], [`convert()`], [`permute()`]: text, measures, and checkpoints written back.
 //!
 //! Letters: `B` sequences, `T` positions of a batch, `S` positions with those before, `D` hidden size, `E` experts,
 //! `K` top_k, `F` width of an expert, `V` vocabulary.
