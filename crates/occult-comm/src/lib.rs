@@ -1,0 +1,1 @@
+//! Moves rows between ranks: collective calls with bounded waits over threads or MPI.

@@ -1,0 +1,1 @@
+//! One expert-parallel MoE layer: route, prune, plan, exchange, compute, combine - forward and backward.

@@ -1,0 +1,1 @@
+//! Trains MoE language models: data, losses, optimisers, schedules, checkpoints.
