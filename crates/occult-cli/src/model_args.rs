@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use occult_model::hf::ExpertLayout;
-use occult_model::{PREFILL_CHUNK, StoredDtype};
+use occult_model::{PASS_ROWS, StoredDtype};
 
 /// Number formats of weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -71,7 +71,7 @@ pub(crate) struct LogitsArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) ids: PathBuf,
     /// Rows that are computed at a time: short sequences share them, longer ones are cut
-    #[arg(long, default_value_t = PREFILL_CHUNK, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, default_value_t = PASS_ROWS, value_name = "N", value_parser = at_least_one)]
     pub(crate) batch_tokens: usize,
     /// safetensors file to write
     #[arg(long, short, value_name = "FILE")]
@@ -98,7 +98,7 @@ pub(crate) struct ProfileArgs {
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) max_tokens: Option<usize>,
     /// Rows that are computed at a time: short sequences share them, longer ones are cut
-    #[arg(long, default_value_t = PREFILL_CHUNK, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, default_value_t = PASS_ROWS, value_name = "N", value_parser = at_least_one)]
     pub(crate) batch_tokens: usize,
     /// Compute without recording or writing anything: what the recording costs is measured against this
     #[arg(long, hide = true)]
@@ -131,6 +131,9 @@ pub(crate) struct GenerateArgs {
     /// 0 takes the most probable token [default: what the model's authors recommend, else 0]
     #[arg(long, value_name = "T")]
     pub(crate) temperature: Option<f32>,
+    /// Draw from this many of the most probable tokens; 0 is all [default: what the authors recommend, else 0]
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
     /// Draw from the most probable tokens that make up this share [default: what the authors recommend, else 1]
     #[arg(long, value_name = "P")]
     pub(crate) top_p: Option<f32>,

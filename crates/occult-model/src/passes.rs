@@ -7,6 +7,10 @@ use crate::decoder::{Decoder, Logits};
 use crate::error::Result;
 use crate::moe::{RoutingObserver, RoutingRecord};
 
+/// Rows of a pass that are a good choice on CPU: enough to read every weight rarely, few enough for the attention scores of
+/// a long context to fit in memory.
+pub const PASS_ROWS: usize = 1024;
+
 /// One forward pass of several.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pass {

@@ -50,7 +50,7 @@ fn generation_stops_for_every_reason() {
     let caller =
         generate(&model, &greedy[..8], &GenerateOptions::default(), &mut |_| Ok(ControlFlow::Break(())));
     assert_eq!(caller.expect("text").stop, Stop::Caller);
-    let sampling = Sampling { temperature: 1.0, top_p: 0.9, seed: 5 };
+    let sampling = Sampling { temperature: 1.0, top_p: 0.9, seed: 5, ..Sampling::default() };
     let sampled = GenerateOptions { sampling, max_new_tokens: Some(20), ..GenerateOptions::default() };
     assert_eq!(run(&sampled), run(&sampled), "the same seed, the same text");
     let other = GenerateOptions { sampling: Sampling { seed: 6, ..sampling }, ..sampled.clone() };
@@ -115,6 +115,7 @@ fn generation_defaults_are_read() {
         eos_ids: vec![2],
         do_sample: true,
         temperature: Some(0.7),
+        top_k: None,
         top_p: Some(0.9),
     };
     assert_eq!(defaults, want);

@@ -22,11 +22,12 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     // What can be wrong without the weights is found before they are read.
     let spec = occult_model::hf::read_spec(dir)?;
     let defaults = GenerationDefaults::read(dir)?;
-    let recommended = |value: Option<f32>| value.filter(|_| defaults.do_sample);
-    let temperature = if defaults.do_sample { defaults.temperature.unwrap_or(1.0) } else { 0.0 };
+    let sampled = defaults.do_sample;
+    let temperature = if sampled { defaults.temperature.unwrap_or(1.0) } else { 0.0 };
     let sampling = Sampling {
         temperature: args.temperature.unwrap_or(temperature),
-        top_p: args.top_p.or(recommended(defaults.top_p)).unwrap_or(1.0),
+        top_k: args.top_k.or(defaults.top_k.filter(|_| sampled)).unwrap_or(0),
+        top_p: args.top_p.or(defaults.top_p.filter(|_| sampled)).unwrap_or(1.0),
         seed: args.seed,
     };
     Sampler::new(sampling)?;
@@ -155,7 +156,7 @@ impl Timed {
     fn json(&self, prompt: &[u32], sampling: &Sampling) -> Value {
         json!({
             "ids": self.generated.ids, "prompt_tokens": prompt.len(), "stop": self.stop(),
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed,
+            "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": sampling.seed,
             "seconds_to_first_token": self.first, "tokens_per_second": self.rate,
         })
     }

@@ -1,7 +1,7 @@
 //! `occult profile`
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use occult_formats::{FormatError, ProfileMeta, ProfileWriter, Source};
@@ -71,13 +71,17 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
         run_windows(&decoder, &windows, args.batch_tokens, recorder.as_mut().map(|r| (r, domain)), &mut done)
             .with_context(|| path.display().to_string())?;
     }
-    let meta = recorder.map(|r| r.writer.finish()).transpose()?;
+    let (meta, recording) = match recorder {
+        Some(recorder) => recorder.finish().map(|(meta, spent)| (Some(meta), spent.as_secs_f64()))?,
+        None => (None, 0.0),
+    };
     let seconds = start.elapsed().as_secs_f64();
     bar.finish_and_clear();
     let rate = tokens as f64 / seconds.max(1e-9);
     if args.json {
         return print_json(&json!({
-            "output": args.output, "meta": meta, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
+            "output": args.output, "meta": meta, "tokens": tokens, "seconds": seconds,
+            "recording_seconds": recording, "tokens_per_second": rate,
         }));
     }
     let Some(meta) = meta else {
@@ -129,23 +133,35 @@ struct Recorder {
     writer: ProfileWriter,
     /// The domain of every row of a pass, the same number over and over.
     domains: Vec<u16>,
+    /// Time that went into recording.
+    spent: Duration,
     /// What went wrong in the writer, which the model cannot carry.
     error: Option<FormatError>,
 }
 
 impl Recorder {
     fn new(writer: ProfileWriter) -> Self {
-        Self { writer, domains: Vec::new(), error: None }
+        Self { writer, domains: Vec::new(), spent: Duration::ZERO, error: None }
     }
 
     /// One layer of one pass.
     fn record(&mut self, r: &RoutingRecord<'_>, domain: u16) -> occult_model::Result<()> {
+        let start = Instant::now();
         let routing = r.tokens();
         self.domains.clear();
         self.domains.resize(routing.num_tokens(), domain);
         self.writer.append(r.moe_layer, &routing.view()?, Some(&self.domains)).map_err(|e| {
             self.error = Some(e);
             ModelError::request("recording failed")
-        })
+        })?;
+        self.spent += start.elapsed();
+        Ok(())
+    }
+
+    /// The file under its name, and the time that recording took in all.
+    fn finish(self) -> Result<(ProfileMeta, Duration)> {
+        let start = Instant::now();
+        let meta = self.writer.finish()?;
+        Ok((meta, self.spent + start.elapsed()))
     }
 }
