@@ -450,7 +450,7 @@ fn generate_continues_ids_without_a_tokenizer() {
     let lines = |text: String| {
         Vec::from_iter(text.lines().map(|l| serde_json::from_str::<Value>(l).expect("JSON").to_string()))
     };
-    assert_eq!(lines(done(&[&args[..], &[&one]].concat())), [new.clone()]);
+    assert_eq!(lines(done(&[&args[..], &[&one]].concat())), std::slice::from_ref(&new));
     let two = dir.write("two.json", &json!([prompt, [5], prompt]).to_string());
     let got = lines(done(&[&args[..], &[&two]].concat()));
     assert_eq!((got.len(), &got[0], &got[2]), (3, &new, &new));
