@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use crate::decoder::{Attention, Decoder, Ffn, Layer, SharedExpert};
 use crate::error::{ModelError, Result};
 use crate::hf::{Checkpoint, ExpertLayout, Matrix, Names, read_spec};
-use crate::layers::{GroupedAttention, LatentAttention, Linear, Mlp, Queries, RmsNorm, Rope};
+use crate::layers::{GroupedAttention, KvUp, LatentAttention, Linear, Mlp, Queries, RmsNorm, Rope};
 use crate::moe::{ExpertWeights, LocalExperts, MoeLayer, Router};
 use crate::spec::{AttentionSpec, ModelSpec, QkNorm};
 use crate::weight::{StoredDtype, Weight};
@@ -195,7 +195,7 @@ impl ModelFiles {
                 },
                 kv_down: part("kv_a_proj_with_mqa", s.bias)?,
                 kv_norm: norm("kv_a_layernorm", s.latent_norm_eps)?,
-                kv_up: part("kv_b_proj", false)?,
+                kv_up: KvUp::new(self.weight(&format!("{p}.kv_b_proj.weight"))?.tensor()?, s)?,
                 out: part("o_proj", s.bias)?,
                 spec: s.clone(),
             }),

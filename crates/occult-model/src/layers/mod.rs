@@ -9,7 +9,7 @@ mod norm;
 mod rope;
 
 pub(crate) use attention::GroupedAttention;
-pub(crate) use latent::{LatentAttention, Queries};
+pub(crate) use latent::{KvUp, LatentAttention, Queries};
 pub use linear::Linear;
 pub(crate) use matmul::{Threads, matmul_nt, silu};
 pub use mlp::Mlp;
