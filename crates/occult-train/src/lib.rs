@@ -1,1 +1,10 @@
-//! Trains MoE language models: data, losses, optimisers, schedules, checkpoints.
+//! Trains MoE language models: data, optimisers, schedules, checkpoints and the loop around them.
+//!
+//! Everything here works on numbers in flat slices: the model comes in by a trait, ranks by another, so that each part is
+//! tested without them.
+
+pub mod data;
+mod error;
+pub mod random;
+
+pub use error::{Result, TrainError};
