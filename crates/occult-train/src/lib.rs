@@ -3,8 +3,12 @@
 //! Everything here works on numbers in flat slices: the model comes in by a trait, ranks by another, so that each part is
 //! tested without them.
 
+pub mod balance;
 pub mod data;
 mod error;
+pub mod lora;
+pub mod optim;
 pub mod random;
+pub mod schedule;
 
 pub use error::{Result, TrainError};
