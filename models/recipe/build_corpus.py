@@ -35,6 +35,7 @@ NPM = {
 CRATES_RUST = {"tokio": "1.44.2", "syn": "2.0.100", "regex-automata": "0.4.9", "rustls": "0.23.26", "hyper": "1.6.0",
                "clap_builder": "4.5.36", "nalgebra": "0.33.2", "ndarray": "0.16.1"}
 CRATES_C = {"openssl-src": "300.5.0+3.5.0", "zstd-sys": "2.0.15+zstd.1.5.7"}
+CODE = {"rust", "c", "python", "javascript"}
 
 
 def run(*command, **options):
@@ -198,7 +199,8 @@ def main():
         for name, text in documents:
             text = normal(text)
             digest = hashlib.sha1(text.encode()).digest()
-            if len(text) >= 40 and digest not in seen:
+            is_data = domain in CODE and max(map(len, text.split("\n"))) > 1000  # tables and encoded binaries, not code
+            if len(text) >= 40 and digest not in seen and not is_data:
                 seen.add(digest)
                 keep.append((hashlib.sha1(name.encode()).digest(), text))
         keep.sort()  # a fixed pseudo-random order, so that the cap takes a fair sample

@@ -4,11 +4,14 @@
 //! tested without them.
 
 pub mod balance;
+pub mod checkpoint;
 pub mod data;
 mod error;
+pub mod log;
 pub mod lora;
 pub mod optim;
 pub mod random;
 pub mod schedule;
+pub mod trainer;
 
 pub use error::{Result, TrainError};

@@ -38,24 +38,22 @@ impl Batch {
         self.segments.iter().filter(|s| **s != PADDING).count() as u64
     }
 
-    /// Cuts the batch into batches of at most `num_sequences`.
-    pub fn split(&self, num_sequences: usize) -> Vec<Batch> {
-        let rows = num_sequences.max(1) * self.length;
-        let chunks = |v: &[u32]| v.chunks(rows).map(<[u32]>::to_vec).collect::<Vec<_>>();
-        let fields = chunks(&self.tokens)
-            .into_iter()
-            .zip(chunks(&self.targets))
-            .zip(chunks(&self.positions).into_iter().zip(chunks(&self.segments)));
-        fields
-            .map(|((tokens, targets), (positions, segments))| Batch {
-                num_sequences: tokens.len() / self.length,
+    /// Cuts the batch into `pieces` batches of consecutive sequences, the first ones larger where it does not divide; the
+    /// last ones are empty when there are more pieces than sequences.
+    pub fn split(&self, pieces: usize) -> Vec<Batch> {
+        let piece = |i: usize| {
+            let rows = share(self.num_sequences, i, pieces);
+            let cut = |v: &[u32]| v[rows.start * self.length..rows.end * self.length].to_vec();
+            Batch {
+                num_sequences: rows.len(),
                 length: self.length,
-                tokens,
-                targets,
-                positions,
-                segments,
-            })
-            .collect()
+                tokens: cut(&self.tokens),
+                targets: cut(&self.targets),
+                positions: cut(&self.positions),
+                segments: cut(&self.segments),
+            }
+        };
+        (0..pieces).map(piece).collect()
     }
 }
 

@@ -15,7 +15,7 @@ pub mod source;
 pub mod store;
 
 pub use encode::{Encoded, Tokenize, encode};
-pub use loader::{Batch, Loader};
+pub use loader::{Batch, Loader, share};
 pub use pack::{LongDocument, PackOptions, Packed, Part};
 pub use source::{Format, Record, Turn, for_each_record};
 pub use store::{StoreWriter, TokenStore};
