@@ -76,7 +76,8 @@ pub fn read(path: &Path) -> Result<Vec<Entry>> {
     let text = std::fs::read_to_string(path).map_err(|e| TrainError::io("read", path, e))?;
     let whole = text.rfind('\n').map_or(0, |at| at + 1);
     let parse = |(i, line): (usize, &str)| {
-        serde_json::from_str(line).map_err(|e| TrainError::data(path, i + 1, format!("broken log entry: {e}")))
+        serde_json::from_str(line)
+            .map_err(|e| TrainError::data(path, i + 1, format!("broken log entry: {e}")))
     };
     text[..whole].lines().enumerate().map(parse).collect()
 }
@@ -88,7 +89,17 @@ mod tests {
     fn entry(step: u64) -> Entry {
         let figures = BTreeMap::from([("C_T".to_owned(), 1.5)]);
         let (loss, grad_norm) = ((step != 2).then_some(3.25), Some(1.0));
-        Entry { step, loss, lr: 1e-3, grad_norm, skipped: step == 2, tokens: 7, tokens_per_s: 9.0, limit: None, figures }
+        Entry {
+            step,
+            loss,
+            lr: 1e-3,
+            grad_norm,
+            skipped: step == 2,
+            tokens: 7,
+            tokens_per_s: 9.0,
+            limit: None,
+            figures,
+        }
     }
 
     #[test]

@@ -100,7 +100,8 @@ impl Checkpoint {
     pub fn parameter(&mut self, name: &str, shape: &[usize], kind: &Kind) -> Result<[Vec<f32>; 3]> {
         let len: usize = shape.iter().product();
         let mut out = [vec![0.0; len], vec![0.0; len], vec![0.0; len]];
-        let missing = |what: String, path: &Path| TrainError::other(path, "model", format!("no {what}"), what);
+        let missing =
+            |what: String, path: &Path| TrainError::other(path, "model", format!("no {what}"), what);
         let wrong = |path: &Path, found: &[usize]| {
             TrainError::other(path, format!("shape of {name}"), format!("{found:?}"), format!("{shape:?}"))
         };

