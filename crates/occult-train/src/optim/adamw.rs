@@ -29,6 +29,19 @@ impl Default for AdamW {
     }
 }
 
+/// What is particular to one step of one parameter.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepRates {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Whether weight decay applies.
+    pub decays: bool,
+    /// Gradients are multiplied by this first (clipping).
+    pub gradient_scale: f32,
+}
+
 /// First and second moment of each weight of one parameter.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Moments {
@@ -62,18 +75,15 @@ impl AdamW {
         Ok(())
     }
 
-    /// One step (`step` counts from 1) of the weights `[n]` with gradients `[n]` times `gradient_scale`. `lr` is the rate of
-    /// this step and parameter; `decays` is false for parameters without weight decay. Errors when lengths differ.
+    /// One step of the weights `[n]` with gradients `[n]`. Errors when lengths differ.
     pub fn step(
         &self,
         weights: &mut [f32],
         gradient: &[f32],
         moments: &mut Moments,
-        lr: f64,
-        decays: bool,
-        gradient_scale: f32,
-        step: u64,
+        rates: StepRates,
     ) -> Result<()> {
+        let StepRates { step, lr, decays, gradient_scale } = rates;
         let n = weights.len();
         if [gradient.len(), moments.mean.len(), moments.square.len()] != [n; 3] {
             let (g, m) = (gradient.len(), moments.mean.len());
@@ -112,6 +122,10 @@ mod tests {
         square: Vec<f32>,
     }
 
+    fn rates(lr: f64, decays: bool, gradient_scale: f32, step: u64) -> StepRates {
+        StepRates { step, lr, decays, gradient_scale }
+    }
+
     fn close(found: &[f32], expected: &[f32]) {
         for (i, (a, b)) in found.iter().zip(expected).enumerate() {
             assert!((a - b).abs() <= 2e-6 * b.abs() + 1e-12, "element {i}: {a}, expected {b}");
@@ -127,7 +141,7 @@ mod tests {
             let step = t as u64 + 1;
             golden
                 .config
-                .step(&mut weights, gradient, &mut moments, golden.rates[t], true, 1.0, step)
+                .step(&mut weights, gradient, &mut moments, rates(golden.rates[t], true, 1.0, step))
                 .unwrap();
             close(&weights, &golden.weights[t]);
         }
@@ -145,7 +159,7 @@ mod tests {
             let (left, right) = w.split_at_mut(cut);
             for (w, g) in [(left, &gradient[..cut]), (right, &gradient[cut..])] {
                 let mut moments = Moments::new(w.len());
-                AdamW::default().step(w, g, &mut moments, 0.1, true, 0.7, 1).unwrap();
+                AdamW::default().step(w, g, &mut moments, rates(0.1, true, 0.7, 1)).unwrap();
             }
             w
         };
@@ -158,11 +172,11 @@ mod tests {
     fn decay_is_optional_and_lengths_are_checked() {
         let mut w = [2.0f32];
         let config = AdamW { weight_decay: 0.5, ..AdamW::default() };
-        config.step(&mut w, &[0.0], &mut Moments::new(1), 0.1, false, 1.0, 1).unwrap();
+        config.step(&mut w, &[0.0], &mut Moments::new(1), rates(0.1, false, 1.0, 1)).unwrap();
         assert_eq!(w, [2.0]);
-        config.step(&mut w, &[0.0], &mut Moments::new(1), 0.1, true, 1.0, 1).unwrap();
+        config.step(&mut w, &[0.0], &mut Moments::new(1), rates(0.1, true, 1.0, 1)).unwrap();
         assert_eq!(w, [1.9]);
-        let failed = config.step(&mut w, &[0.0, 1.0], &mut Moments::new(1), 0.1, true, 1.0, 1);
+        let failed = config.step(&mut w, &[0.0, 1.0], &mut Moments::new(1), rates(0.1, true, 1.0, 1));
         assert_eq!(failed.unwrap_err().to_string(), "1 weights, 2 gradients, 1 moments");
         assert!(AdamW { beta2: 1.0, ..config }.check().is_err());
         assert!(AdamW { eps: 0.0, ..config }.check().is_err());

@@ -3,5 +3,5 @@
 pub mod adamw;
 pub mod clip;
 
-pub use adamw::{AdamW, Moments};
+pub use adamw::{AdamW, Moments, StepRates};
 pub use clip::{Clip, clip, squared_norm};

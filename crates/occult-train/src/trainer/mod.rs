@@ -14,5 +14,5 @@ mod model;
 mod run;
 
 pub use guard::Guard;
-pub use model::{BatchReport, Group, ParameterInfo, Solo, TrainableModel};
+pub use model::{BatchReport, Group, ParameterInfo, Solo, TrainableModel, Visitor};
 pub use run::{Options, Outcome, Trainer};

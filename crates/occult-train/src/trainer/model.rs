@@ -31,6 +31,9 @@ pub struct BatchReport {
     pub figures: BTreeMap<String, f64>,
 }
 
+/// Sees a parameter: its index, master weights and gradient.
+pub type Visitor<'a> = dyn FnMut(usize, &mut [f32], &mut [f32]) -> Result<()> + 'a;
+
 /// A model that the loop can train. Every method that takes `&mut self` is called on all ranks at the same time, with the same
 /// parameters in the same order.
 pub trait TrainableModel {
@@ -42,7 +45,7 @@ pub trait TrainableModel {
     fn weights(&self, index: usize) -> Result<Cow<'_, [f32]>>;
     /// Calls `each(index, master weights, gradient)` for every parameter, ascending; both may be changed in place, and the
     /// model computes with the changed weights from then on.
-    fn visit(&mut self, each: &mut dyn FnMut(usize, &mut [f32], &mut [f32]) -> Result<()>) -> Result<()>;
+    fn visit(&mut self, each: &mut Visitor<'_>) -> Result<()>;
     /// Sets all gradients to zero.
     fn clear_gradients(&mut self) -> Result<()>;
     /// Adds the gradients of `scale` times the sum of cross-entropies (and, weighted alike, of the auxiliary losses). The

@@ -10,7 +10,7 @@ use crate::checkpoint::{Checkpoint, Files, Kind, Saved, State, Writer, latest, r
 use crate::data::{Loader, share};
 use crate::error::{Result, TrainError};
 use crate::log::{Entry, Log};
-use crate::optim::{AdamW, Clip, Moments, clip, squared_norm};
+use crate::optim::{AdamW, Clip, Moments, StepRates, clip, squared_norm};
 use crate::random::hash_bytes;
 use crate::schedule::{LimitSchedule, Schedule};
 use crate::trainer::{BatchReport, Group, Guard, TrainableModel};
@@ -289,7 +289,8 @@ impl<'a> Trainer<'a> {
         let (adamw, moments) = (self.options.adamw, &mut self.moments);
         self.model.visit(&mut |i, weights, gradient| {
             let (lr_scale, decays) = infos[i];
-            adamw.step(weights, gradient, &mut moments[i], lr * lr_scale, decays, scale, step)
+            let rates = StepRates { step, lr: lr * lr_scale, decays, gradient_scale: scale };
+            adamw.step(weights, gradient, &mut moments[i], rates)
         })
     }
 
@@ -341,7 +342,7 @@ impl<'a> Trainer<'a> {
             let entry = self.step()?;
             each(&entry);
             let step = self.state.step;
-            if step % self.options.checkpoint_every == 0 && step < self.options.schedule.steps {
+            if step.is_multiple_of(self.options.checkpoint_every) && step < self.options.schedule.steps {
                 self.save()?;
             }
         }

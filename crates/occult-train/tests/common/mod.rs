@@ -73,7 +73,7 @@ impl TrainableModel for Bigram {
     fn weights(&self, index: usize) -> Result<Cow<'_, [f32]>> {
         Ok(Cow::Borrowed(&self.weights[index]))
     }
-    fn visit(&mut self, each: &mut dyn FnMut(usize, &mut [f32], &mut [f32]) -> Result<()>) -> Result<()> {
+    fn visit(&mut self, each: &mut Visitor<'_>) -> Result<()> {
         (0..2).try_for_each(|i| each(i, &mut self.weights[i], &mut self.gradients[i]))
     }
     fn clear_gradients(&mut self) -> Result<()> {
@@ -179,7 +179,7 @@ pub(crate) fn loader(seed: u64) -> Loader {
     let documents = (0..40u64).map(|i| {
         let mut token = mix(i) % V as u64;
         let next = |j| {
-            token = (token * 3 + 1 + u64::from(mix(i * 9 + j) % 4 == 0)) % V as u64;
+            token = (token * 3 + 1 + u64::from(mix(i * 9 + j).is_multiple_of(4))) % V as u64;
             token as u32
         };
         let ids: Vec<u32> = (0..9).map(next).collect();
