@@ -86,6 +86,11 @@ impl TextTokenizer {
     /// The prompt of a chat, by the model's own template, ready for the assistant's answer. Encode it without special
     /// tokens: the template writes them.
     pub fn chat(&self, messages: &[Message]) -> Result<String> {
+        self.render_chat(messages, true)
+    }
+
+    /// A chat by the model's own template; with `prompt` it ends ready for the assistant's answer.
+    pub fn render_chat(&self, messages: &[Message], prompt: bool) -> Result<String> {
         let Some((template, tokens)) = &self.chat else {
             return Err(ModelError::bad(&self.file, "", "the model directory has no chat template"));
         };
@@ -101,7 +106,7 @@ impl TextTokenizer {
         );
         let values = context! {
             messages => messages,
-            add_generation_prompt => true,
+            add_generation_prompt => prompt,
             tools => (),
             documents => (),
             bos_token => &tokens["bos_token"],
