@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::letter::{Address, GroupId, Kind, Letter, Payload};
 use crate::post::Post;
 use crate::{Buffer, CommError, Communicator, Exchange, Expect, Received, Result};
+pub(crate) use reduce::reduce_bytes;
 use round::{GroupExchange, Round, Sources};
 
 /// What the ranks of a group agree on.

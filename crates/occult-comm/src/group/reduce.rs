@@ -15,7 +15,6 @@ const WHOLE_BYTES: usize = 4096;
 
 /// Bytes that rank `me` of `num_ranks` sends to every rank (its own part included) to sum `len` values of
 /// `value_bytes`: what [`all_reduce_sum`] does, for those who count.
-#[cfg_attr(not(test), expect(dead_code))]
 pub(crate) fn reduce_bytes(len: usize, value_bytes: usize, num_ranks: usize, me: usize) -> Vec<usize> {
     if len * value_bytes <= WHOLE_BYTES {
         return vec![len * value_bytes; num_ranks];
