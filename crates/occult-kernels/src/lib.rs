@@ -6,6 +6,7 @@
 //!
 //! - [`smm`]: the scattering and the merging sparse matmul, forward and backward, and the whole expert network.
 //! - [`linear`]: a dense layer, forward and backward.
+//! - `ops` (feature `candle`): operations on candle tensors with forward and backward.
 //! - [`Threads`]: how many cores a call may use; each rank owns one.
 //! - [`SparseRows`]: which rows an expert works on.
 //!
@@ -17,6 +18,8 @@
 mod error;
 pub mod linear;
 mod matrix;
+#[cfg(feature = "candle")]
+pub mod ops;
 mod rows;
 pub mod smm;
 mod threads;

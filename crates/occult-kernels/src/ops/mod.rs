@@ -1,0 +1,29 @@
+//! Operations on candle tensors, each with its own backward.
+//!
+//! All of them compute in f32 on CPU. They take views where the last dimension is contiguous and copy only what is
+//! not; they keep for backward what the description of each says, and give no gradient to an input that does not
+//! lead to a variable. Gradients of gradients are not available.
+//!
+//! | letter | meaning |
+//! |---|---|
+//! | B, T, S | sequences, positions of queries, positions of keys |
+//! | H, Hkv | query heads, key heads |
+//! | D, V | hidden size, vocabulary |
+//! | E, e, K, F | experts, experts of this rank, experts per token, expert width |
+//! | R, N | rows received, expanded rows |
+
+pub mod embedding;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+
+mod simd;
+mod tensor;
+
+#[cfg(test)]
+mod check;
+
+pub use embedding::embedding;
+pub use rms_norm::rms_norm;
+pub use rope::{RopeStyle, rope};
+pub use swiglu::{swiglu, swiglu_packed};
