@@ -13,6 +13,8 @@ pub(crate) struct View {
     pub(crate) padding: Option<Arc<[usize]>>,
     /// Positions a query sees, itself included; all when `None`.
     pub(crate) window: Option<usize>,
+    /// `[B, T]`, without a past: where the text of each position begins in a packed sequence.
+    pub(crate) starts: Option<Arc<[u32]>>,
 }
 
 impl View {
@@ -29,6 +31,7 @@ impl View {
             past: self.past,
             padding: self.padding.clone(),
             window: self.window,
+            starts: self.starts.clone(),
         }
     }
 }

@@ -37,13 +37,16 @@ pub struct AttentionShape {
     pub padding: Option<Arc<[usize]>>,
     /// A query sees at most this many keys, its own included; causal only.
     pub window: Option<usize>,
+    /// `[B, S]`: for a query at each position, the first key it sees (where its text begins in a packed sequence);
+    /// causal only. `None`: no such limit.
+    pub starts: Option<Arc<[u32]>>,
 }
 
 impl AttentionShape {
     /// Causal, without padding or window.
     #[must_use]
     pub fn causal(scale: f32, past: usize) -> Self {
-        Self { scale, causal: true, past, padding: None, window: None }
+        Self { scale, causal: true, past, padding: None, window: None, starts: None }
     }
 
     /// Keys `first .. end` that query `t` of sequence `b` sees, of `s`.
@@ -53,7 +56,8 @@ impl AttentionShape {
             return (padding.min(s), s);
         }
         let position = self.past + t;
-        let first = padding.max(self.window.map_or(0, |w| (position + 1).saturating_sub(w)));
+        let start = self.starts.as_ref().and_then(|from| from.get(b * s + position)).map_or(0, |&from| from as usize);
+        let first = padding.max(start).max(self.window.map_or(0, |w| (position + 1).saturating_sub(w)));
         (first.min(position), position + 1)
     }
 }
@@ -116,14 +120,17 @@ impl<'a> Inputs<'a> {
         if shape.causal && shape.past.checked_add(t).is_none_or(|end| end > s) {
             bail!("attention: {t} queries after {} positions, {s} keys", shape.past);
         }
-        if !shape.causal && (shape.past > 0 || shape.window.is_some()) {
-            bail!("attention: a past or a window without causality");
+        if !shape.causal && (shape.past > 0 || shape.window.is_some() || shape.starts.is_some()) {
+            bail!("attention: a past, a window or starts without causality");
         }
         if dk == 0 || dv == 0 {
             bail!("attention: rows of no values");
         }
         if shape.window == Some(0) {
             bail!("attention: a window of no keys");
+        }
+        if shape.starts.as_ref().is_some_and(|from| from.len() != b * s) {
+            bail!("attention: starts for {b} sequences of {s}, not one each");
         }
         if shape.padding.as_ref().is_some_and(|p| p.len() != b) {
             bail!("attention: padding of {:?} for {b} sequences", shape.padding);
