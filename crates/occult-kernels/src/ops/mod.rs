@@ -32,7 +32,9 @@ mod tensor;
 mod check;
 
 pub use attention::{AttentionShape, attention};
-pub use cross_entropy::{CrossEntropy, SummedLoss, cross_entropy, linear_cross_entropy, linear_cross_entropy_into};
+pub use cross_entropy::{
+    CrossEntropy, SummedLoss, cross_entropy, linear_cross_entropy, linear_cross_entropy_into,
+};
 pub use embedding::embedding;
 pub use linear::{linear, linear_into};
 pub use rms_norm::rms_norm;
