@@ -122,12 +122,12 @@ impl Exchanger {
         })
     }
 
-    /// The rows of the first hop.
-    pub fn rows(&self, plan: &DispatchPlan) -> RowPlan {
+    /// The rows of the first hop, of some consecutive tokens of the plan.
+    pub fn rows(&self, plan: &DispatchPlan, tokens: Range<usize>) -> RowPlan {
         match (&self.second, self.rows) {
-            (Some((_, slots)), _) => RowPlan::per_node(plan, slots),
-            (None, Rows::PerRank) => RowPlan::dedup(plan),
-            (None, Rows::PerExpert) => RowPlan::conventional(plan),
+            (Some((_, slots)), _) => RowPlan::per_node(plan, tokens, slots),
+            (None, Rows::PerRank) => RowPlan::dedup(plan, tokens),
+            (None, Rows::PerExpert) => RowPlan::conventional(plan, tokens),
         }
     }
 
