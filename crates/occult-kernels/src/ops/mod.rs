@@ -13,17 +13,23 @@
 //! | R, N | rows received, expanded rows |
 
 pub mod embedding;
+pub mod linear;
 pub mod rms_norm;
 pub mod rope;
+pub mod smm;
 pub mod swiglu;
 
 mod simd;
+mod sink;
 mod tensor;
 
 #[cfg(test)]
 mod check;
 
 pub use embedding::embedding;
+pub use linear::{linear, linear_into};
 pub use rms_norm::rms_norm;
 pub use rope::{RopeStyle, rope};
+pub use sink::GradSink;
+pub use smm::{merging_smm, merging_smm_into, scattering_smm, scattering_smm_into};
 pub use swiglu::{swiglu, swiglu_packed};

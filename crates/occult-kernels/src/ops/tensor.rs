@@ -2,6 +2,8 @@
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
+use crate::Matrix;
+
 /// The f32 values of a contiguous CPU storage.
 pub(crate) fn f32s<'a>(storage: &'a CpuStorage, layout: &Layout, what: &str) -> Result<&'a [f32]> {
     let CpuStorage::F32(values) = storage else { bail!("{what} must be f32") };
@@ -57,11 +59,8 @@ impl<'a> Rows4<'a> {
             bail!("the last dimension of {what} must be contiguous");
         }
         let empty = b * h * t * d == 0;
-        let last = if empty {
-            0
-        } else {
-            (b - 1) * strides[0] + (h - 1) * strides[1] + (t - 1) * strides[2] + d
-        };
+        let last =
+            if empty { 0 } else { (b - 1) * strides[0] + (h - 1) * strides[1] + (t - 1) * strides[2] + d };
         let from = layout.start_offset();
         let Some(values) = values.get(from..from + last) else { bail!("{what}: layout outside its storage") };
         Ok(Self { values, dims: [b, h, t, d], strides: [strides[0], strides[1], strides[2]] })
@@ -77,4 +76,40 @@ impl<'a> Rows4<'a> {
     pub(crate) fn head(&self, b: usize, h: usize) -> (&'a [f32], usize) {
         (&self.values[b * self.strides[0] + h * self.strides[1]..], self.strides[2])
     }
+}
+
+/// A contiguous weight in the type it is stored in.
+pub(crate) fn matrix<'a>(storage: &'a CpuStorage, layout: &Layout, what: &str) -> Result<Matrix<'a>> {
+    let Some((from, to)) = layout.contiguous_offsets() else { bail!("{what} must be contiguous") };
+    let values = match storage {
+        CpuStorage::F32(w) => w.get(from..to).map(Matrix::F32),
+        CpuStorage::BF16(w) => w.get(from..to).map(Matrix::Bf16),
+        CpuStorage::F16(w) => w.get(from..to).map(Matrix::F16),
+        _ => bail!("{what} must be f32, bf16 or f16"),
+    };
+    match values {
+        Some(values) => Ok(values),
+        None => bail!("{what}: layout outside its storage"),
+    }
+}
+
+/// The `count` matrices of `rows` by `cols` that are stacked in `all`.
+pub(crate) fn unstack(
+    mut all: Matrix<'_>,
+    count: usize,
+    rows: usize,
+    cols: usize,
+) -> Result<Vec<Matrix<'_>>> {
+    let mut out = Vec::with_capacity(count);
+    for _ in 0..count {
+        let Some((one, rest)) = all.split_rows(rows, cols) else { bail!("a stack of too few matrices") };
+        out.push(one);
+        all = rest;
+    }
+    Ok(out)
+}
+
+/// An error of the slice core as one of candle.
+pub(crate) fn core(error: crate::KernelError) -> candle_core::Error {
+    candle_core::Error::wrap(error)
 }

@@ -89,8 +89,7 @@ impl CustomOp2 for RmsNorm {
             with_f32(w, "the norm's weight", |w| {
                 with_f32(&dy, "the gradient", |dy| {
                     let d = d.max(1);
-                    for ((x, dy), dx) in
-                        x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d))
+                    for ((x, dy), dx) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d))
                     {
                         row_bwd(x, inverse_rms(x, self.eps), w, dy, &mut room, dx, &mut dw);
                     }
@@ -114,12 +113,7 @@ mod tests {
         for dims in [vec![1, 1], vec![3, 7], vec![2, 3, 64], vec![5, 131], vec![2, 2, 2, 96]] {
             let d = dims[dims.len() - 1];
             let inputs = [tensor(1, &dims)?, (tensor(2, &[d])? + 1.5)?];
-            op_is(
-                &|t| rms_norm(&t[0], &t[1], 1e-5),
-                &|t| reference(&t[0], &t[1], 1e-5),
-                &inputs,
-                2e-6,
-            )?;
+            op_is(&|t| rms_norm(&t[0], &t[1], 1e-5), &|t| reference(&t[0], &t[1], 1e-5), &inputs, 2e-6)?;
         }
         Ok(())
     }

@@ -153,10 +153,7 @@ mod tests {
         let angle = tensor(2, &[5, 4])?;
         let (cos, sin) = (angle.cos()?, angle.sin()?);
         let style = RopeStyle::HalfSplit;
-        let diff = difference(
-            &rope(&x, &cos, &sin, style)?,
-            &rope(&x.contiguous()?, &cos, &sin, style)?,
-        )?;
+        let diff = difference(&rope(&x, &cos, &sin, style)?, &rope(&x.contiguous()?, &cos, &sin, style)?)?;
         assert_eq!(diff, 0.0);
         Ok(())
     }
