@@ -15,6 +15,7 @@ mod inference;
 pub mod layer;
 mod ops;
 pub mod overlap;
+pub mod predict;
 pub mod reference;
 pub mod router;
 pub mod row_plan;

@@ -82,7 +82,7 @@ mod tests {
         let count = |cluster: &Cluster, tokens| chunk_count(cluster, &shape, &placement, topology, 4, tokens);
         assert_eq!(count(&cluster(1e-4, 1e12), 0), 1);
         assert_eq!(count(&cluster(1.0, 1e12), 4096), 1);
-        let (few, many) = (count(&cluster(1e-3, 1e12), 4096), count(&cluster(1e-6, 1e12), 4096));
+        let (few, many) = (count(&cluster(1e-4, 1e12), 4096), count(&cluster(1e-6, 1e12), 4096));
         assert!(1 < few && few < many, "{few} {many}");
         assert_eq!(count(&cluster(1e-6, 1e18), 4096), 1, "no compute to hide behind");
     }
