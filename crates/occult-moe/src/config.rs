@@ -142,7 +142,12 @@ impl Step {
         for (peer, buffer) in all.iter().enumerate() {
             let Some(&[n]) = buffer.try_as_slice::<u64>() else {
                 let found = format!("{} bytes", buffer.len_bytes());
-                return Err(MoeError::Message { what: "token count", peer, expected: "8 bytes".into(), found });
+                return Err(MoeError::Message {
+                    what: "token count",
+                    peer,
+                    expected: "8 bytes".into(),
+                    found,
+                });
             };
             tokens.push(n as usize);
         }

@@ -117,7 +117,10 @@ impl Exchanger {
         Ok(Self {
             rows,
             first: level(between, &BETWEEN),
-            second: Some((level((node..node + per_node).collect(), &WITHIN), NodeSlots::new(placement, topology)?)),
+            second: Some((
+                level((node..node + per_node).collect(), &WITHIN),
+                NodeSlots::new(placement, topology)?,
+            )),
             timers,
         })
     }
@@ -190,7 +193,8 @@ impl DispatchInFlight<'_> {
             let node = level.peers[0] / level.peers.len();
             let plan = timers.time(Phase::Plan, || RowPlan::within_node(received, node, slots))?;
             let counts = level.exchange_counts(std::slice::from_ref(&plan), timers)?.swap_remove(0);
-            let hop = level.start_dispatch(plan, Incoming::Counted(counts), &x, received.weights(), d, timers)?;
+            let hop =
+                level.start_dispatch(plan, Incoming::Counted(counts), &x, received.weights(), d, timers)?;
             let (rows, second) = hop.finish(d, timers)?;
             x = rows;
             hops.push(second);

@@ -28,8 +28,8 @@ pub fn chunk_count(
         return 1;
     }
     let upper = copy_bounds(placement, top_k).upper as f64;
-    let [copies, nodes] = uniform_copies(placement, topology, top_k)
-        .unwrap_or([upper, upper.min(topology.num_nodes() as f64)]);
+    let [copies, nodes] =
+        uniform_copies(placement, topology, top_k).unwrap_or([upper, upper.min(topology.num_nodes() as f64)]);
     let per_rank = tokens as f64 / ranks;
     let row_bytes = shape.hidden as f64 * shape.dtype_bytes;
     let bytes = |rows: f64| per_rank * (2.0 * rows * row_bytes + top_k as f64 * (ID_BYTES + WEIGHT_BYTES));
@@ -37,16 +37,19 @@ pub fn chunk_count(
     let within = bytes(copies * (ranks - 1.0) / ranks) / cluster.intra.bandwidth_bytes_per_s;
     let between = cluster.inter.as_ref().filter(|_| topology.num_nodes() > 1).map_or(0.0, |inter| {
         let remote = nodes * (1.0 - 1.0 / topology.num_nodes() as f64);
-        let sharing = if inter.per == occult_plan::cost::LinkEnd::Node { topology.ranks_per_node() } else { 1 };
+        let sharing =
+            if inter.per == occult_plan::cost::LinkEnd::Node { topology.ranks_per_node() } else { 1 };
         bytes(remote) * sharing as f64 / inter.link.bandwidth_bytes_per_s
     });
     let wire = within.max(between);
     let elements = (shape.num_matrices * shape.hidden * shape.ffn) as f64;
     let compute = 2.0 * elements * per_rank * top_k as f64 / cluster.compute.flops_per_s;
     let weights = elements * shape.weight_dtype_bytes * placement.num_slots() as f64 / ranks;
-    let latency = cluster.inter.as_ref().map_or(cluster.intra.latency_s, |i| i.link.latency_s.max(cluster.intra.latency_s));
-    let overhead =
-        2.0 * latency * (ranks - 1.0) + weights / cluster.compute.memory_bandwidth_bytes_per_s;
+    let latency = cluster
+        .inter
+        .as_ref()
+        .map_or(cluster.intra.latency_s, |i| i.link.latency_s.max(cluster.intra.latency_s));
+    let overhead = 2.0 * latency * (ranks - 1.0) + weights / cluster.compute.memory_bandwidth_bytes_per_s;
     let best = (wire.min(compute) / overhead).sqrt();
     // An overhead of zero gives infinity, which the clamp bounds; NaN (0 / 0) becomes 1 by `max`.
     (best.round().max(1.0) as usize).min(MAX_CHUNKS).min(tokens.max(1))

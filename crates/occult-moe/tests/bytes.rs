@@ -26,7 +26,8 @@ fn measured(case: &Case, options: &LayerOptions, threads: &ThreadOptions) -> Vec
 fn sum(snapshots: &[(Vec<ExpertId>, Snapshot)], part: &str, sent: bool) -> [u64; 3] {
     let names = |s: &Snapshot| s.operations.keys().copied().filter(|n| is(n, part)).collect::<Vec<_>>();
     let reach = |s: &Snapshot, name: &str| if sent { s.sent(name) } else { s.received(name) };
-    let all = snapshots.iter().flat_map(|(_, s)| names(s).into_iter().map(|n| reach(s, n)).collect::<Vec<_>>());
+    let all =
+        snapshots.iter().flat_map(|(_, s)| names(s).into_iter().map(|n| reach(s, n)).collect::<Vec<_>>());
     all.fold([0; 3], |[a, b, c], Reach { local, same_host, other_host }| {
         [a + local, b + same_host, c + other_host]
     })

@@ -161,7 +161,10 @@ pub(crate) fn rank(
     };
     let experts = ExpertTensors { w_up: &up, w_down: &down, sinks: None };
     let (y, decision) = layer.forward(&x, &logits, experts, None, None)?;
-    Ok((backward(&y, &case.dy[rows.start * d..rows.end * d], [&x, &r, &up, &down])?, decision.routing.expert_ids))
+    Ok((
+        backward(&y, &case.dy[rows.start * d..rows.end * d], [&x, &r, &up, &down])?,
+        decision.routing.expert_ids,
+    ))
 }
 
 /// Runs all ranks as threads.
