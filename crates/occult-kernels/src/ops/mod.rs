@@ -12,13 +12,18 @@
 //! | E, e, K, F | experts, experts of this rank, experts per token, expert width |
 //! | R, N | rows received, expanded rows |
 
+pub mod attention;
+pub mod cross_entropy;
 pub mod embedding;
 pub mod linear;
 pub mod rms_norm;
 pub mod rope;
+pub mod router;
 pub mod smm;
 pub mod swiglu;
 
+mod gemm;
+mod shared;
 mod simd;
 mod sink;
 mod tensor;
@@ -26,6 +31,10 @@ mod tensor;
 #[cfg(test)]
 mod check;
 
+pub use attention::{AttentionShape, attention};
+pub use cross_entropy::{
+    CrossEntropy, SummedLoss, cross_entropy, linear_cross_entropy, linear_cross_entropy_into,
+};
 pub use embedding::embedding;
 pub use linear::{linear, linear_into};
 pub use rms_norm::rms_norm;

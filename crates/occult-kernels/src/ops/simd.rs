@@ -133,6 +133,13 @@ pub(crate) fn dot_body<const ISA: u8>(a: &[f32], b: &[f32]) -> f32 {
             lanes[i] = fma::<ISA>(x[i], y[i], lanes[i]);
         }
     }
+    let (xs, ys) = (ra.chunks_exact(16), rb.chunks_exact(16));
+    let (ra, rb) = (xs.remainder(), ys.remainder());
+    for (x, y) in xs.zip(ys) {
+        for i in 0..16 {
+            lanes[i] = fma::<ISA>(x[i], y[i], lanes[i]);
+        }
+    }
     let mut tail = 0.0;
     for (x, y) in ra.iter().zip(rb) {
         tail = fma::<ISA>(*x, *y, tail);
@@ -175,10 +182,10 @@ vectorised! {
 }
 
 vectorised! {
-    /// `out_i = factor * e^(a_i - shift)`.
-    pub(crate) fn scaled_exp(a: &[f32], shift: f32, factor: f32, out: &mut [f32]) {
-        for (o, x) in out.iter_mut().zip(a) {
-            *o = exp::<ISA>(*x - shift) * factor;
+    /// `a_i = factor * e^(a_i - shift)`.
+    pub(crate) fn scaled_exp(a: &mut [f32], shift: f32, factor: f32) {
+        for x in a.iter_mut() {
+            *x = exp::<ISA>(*x - shift) * factor;
         }
     }
 }

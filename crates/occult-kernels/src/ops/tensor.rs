@@ -72,9 +72,9 @@ impl<'a> Rows4<'a> {
         &self.values[from..from + self.dims[3]]
     }
 
-    /// Rows of one head: the values from row `[b, h, 0]` on, and how far rows are apart.
+    /// Rows of one head: the values from row `[b, h, 0]` on (none if the tensor is empty), and how far rows are apart.
     pub(crate) fn head(&self, b: usize, h: usize) -> (&'a [f32], usize) {
-        (&self.values[b * self.strides[0] + h * self.strides[1]..], self.strides[2])
+        (self.values.get(b * self.strides[0] + h * self.strides[1]..).unwrap_or_default(), self.strides[2])
     }
 }
 
