@@ -2,12 +2,13 @@
 
 mod recompute;
 
-use candle_core::Tensor;
+use candle_core::{DType, Device, Tensor};
 use occult_kernels::ops::{self, CrossEntropy};
 use occult_plan::RoutingBuf;
 
 use crate::decoder::Decoder;
 use crate::error::{ModelError, Result};
+use crate::hf::BalanceLoss;
 use crate::layers::{MatrixParameter, View};
 
 /// A target that is not learned.
@@ -39,6 +40,41 @@ pub struct TrainOutput {
     pub router_logits: Vec<Tensor>,
     /// The decisions of every MoE layer.
     pub routing: Vec<RoutingBuf>,
+}
+
+impl TrainOutput {
+    /// The loss that keeps experts evenly used, scalar f32, not yet multiplied by its coefficient: a mean over tokens.
+    ///
+    /// `num_sequences`: `B` of the batch. `is_token` `[B * L]`: rows that count (not padding), all when `None`.
+    pub fn balance_loss(
+        &self,
+        kind: BalanceLoss,
+        num_sequences: usize,
+        is_token: Option<&[bool]>,
+    ) -> Result<Tensor> {
+        let mut scores = Vec::with_capacity(self.router_logits.len());
+        for logits in &self.router_logits {
+            scores.push(ops::router::router_scores(logits, ops::router::Scoring::Softmax)?);
+        }
+        let ids: Vec<Vec<u32>> =
+            self.routing.iter().map(|r| r.expert_ids.iter().map(|&id| u32::from(id)).collect()).collect();
+        let top_k = self.routing.first().map_or(1, |r| r.top_k);
+        if kind == BalanceLoss::AllLayers {
+            let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+            return Ok(ops::router::load_balancing_loss(&scores, &ids, top_k, is_token)?);
+        }
+        let mut sum = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        for (scores, ids) in scores.iter().zip(&ids) {
+            let of_layer = match kind {
+                BalanceLoss::Sequences => {
+                    ops::router::sequence_balance_loss(scores, ids, top_k, num_sequences, is_token)?
+                }
+                _ => ops::router::expert_balance_loss(scores, ids, top_k, is_token)?,
+            };
+            sum = (sum + of_layer)?;
+        }
+        Ok(sum)
+    }
 }
 
 /// How [`Decoder::forward_train`] runs.
