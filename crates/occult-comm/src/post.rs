@@ -21,6 +21,12 @@ pub(crate) trait Post: Send + Sync + Debug {
     /// This rank's mailbox.
     fn mailbox(&self) -> &Mailbox;
 
+    /// An operation has begun that nobody waits for yet: a transport may have to move its data meanwhile.
+    fn opened(&self) {}
+
+    /// An operation has ended.
+    fn closed(&self) {}
+
     /// Moves data without waiting.
     fn progress(&self) -> Result<()>;
 

@@ -13,6 +13,9 @@ use crate::{Buffer, CommError, Communicator, Exchange, Expect, Received, Result}
 pub(crate) use reduce::reduce_bytes;
 use round::{GroupExchange, Round, Sources};
 
+/// Identity of the group of all ranks. Groups from splits have numbers from 1 on.
+const WORLD: GroupId = (0, 0);
+
 /// What the ranks of a group agree on.
 #[derive(Debug)]
 pub(crate) struct Group {
@@ -31,10 +34,20 @@ pub(crate) struct Group {
 impl Group {
     /// The group of all ranks.
     pub(crate) fn world(post: Arc<dyn Post>, hosts: Vec<usize>) -> Arc<Self> {
+        Self::all(post, hosts, WORLD)
+    }
+
+    /// A group of all ranks under another identity, for what happens before the world is known.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn before_world(post: Arc<dyn Post>, num_ranks: usize) -> Arc<Self> {
+        Self::all(post, vec![0; num_ranks], (u32::MAX, 0))
+    }
+
+    fn all(post: Arc<dyn Post>, hosts: Vec<usize>, id: GroupId) -> Arc<Self> {
         let me = post.rank();
         Arc::new(Self {
             post,
-            id: (0, 0),
+            id,
             members: (0..hosts.len()).collect(),
             hosts,
             me,
@@ -70,7 +83,7 @@ impl Group {
 impl Drop for Group {
     /// Says goodbye, so that ranks that still wait for this one do not wait until their deadline.
     fn drop(&mut self) {
-        if std::thread::panicking() && self.id == (0, 0) {
+        if std::thread::panicking() && self.id == WORLD {
             self.post.abort("it panicked");
         }
         for (to, &world_rank) in self.members.iter().enumerate() {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Group;
-use crate::letter::{Kind, Letter, Payload};
+use crate::letter::{Kind, Letter, Payload, cut_name};
 use crate::mailbox::Taken;
 use crate::{Buffer, CommError, Exchange, Expect, Received, Result};
 
@@ -60,6 +60,7 @@ impl Round {
             sources,
             parts: vec![None; num_ranks],
         };
+        group.post.opened();
         if !out.is_empty() {
             let own = std::mem::replace(&mut out[group.me], Payload::Empty);
             round.accept(group.me, own)?;
@@ -114,7 +115,7 @@ impl Round {
     }
 
     fn open(&mut self, from: usize, letter: Letter) -> Result<()> {
-        if letter.kind == self.kind && letter.what == self.what {
+        if letter.kind == self.kind && cut_name(&letter.what) == cut_name(self.what) {
             return self.accept(from, letter.payload);
         }
         let own = format!("`{}` ({})", self.what, self.kind.name());
@@ -203,6 +204,7 @@ impl Round {
 
 impl Drop for Round {
     fn drop(&mut self) {
+        self.group.post.closed();
         let mailbox = self.group.post.mailbox();
         for from in 0..self.parts.len() {
             if self.wanted(from) && self.parts[from].is_none() && from != self.group.me {
