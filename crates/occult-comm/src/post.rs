@@ -34,6 +34,11 @@ pub(crate) trait Post: Send + Sync + Debug {
     /// calls of one wait.
     fn pause(&self, seen: u64, round: u32, deadline: Instant);
 
+    /// Whether the process has been asked to end.
+    fn stopped(&self) -> bool {
+        false
+    }
+
     /// Tells every rank of the world that this one fails.
     fn abort(&self, reason: &str);
 }

@@ -3,7 +3,7 @@
 mod reduce;
 mod round;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -27,6 +27,7 @@ pub(crate) struct Group {
     /// This rank's number in the group.
     me: usize,
     next_operation: Mutex<u64>,
+    silent: AtomicBool,
     /// The next group number that this world rank may give out.
     next_group: Arc<AtomicU32>,
 }
@@ -52,8 +53,15 @@ impl Group {
             hosts,
             me,
             next_operation: Mutex::new(0),
+            silent: AtomicBool::new(false),
             next_group: Arc::new(AtomicU32::new(1)),
         })
+    }
+
+    /// All ranks are known to have finished: no goodbye is needed.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn say_no_goodbye(&self) {
+        self.silent.store(true, Ordering::Relaxed);
     }
 
     fn address(&self, from: usize, operation: u64) -> Address {
@@ -87,7 +95,7 @@ impl Drop for Group {
             self.post.abort("it panicked");
         }
         for (to, &world_rank) in self.members.iter().enumerate() {
-            if to != self.me {
+            if to != self.me && !self.silent.load(Ordering::Relaxed) {
                 let letter = Letter { kind: Kind::Leave, what: "".into(), payload: Payload::Empty };
                 // A failure to say goodbye shows at the others as a timeout; there is nobody to report it to here.
                 let _ = self.post.send(world_rank, self.address(self.me, u64::MAX), letter);
@@ -185,6 +193,7 @@ impl Communicator for GroupComm {
             hosts: chosen.iter().map(|&rank| group.hosts[rank]).collect(),
             me: chosen.iter().position(|&rank| rank == group.me).unwrap_or(0),
             next_operation: Mutex::new(0),
+            silent: AtomicBool::new(false),
             next_group: Arc::clone(&group.next_group),
         };
         Ok(Box::new(Self(Arc::new(child))))

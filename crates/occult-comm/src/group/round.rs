@@ -83,8 +83,10 @@ impl Round {
         }
     }
 
-    fn missing(&self) -> impl Iterator<Item = usize> {
-        (0..self.parts.len()).filter(|&from| self.wanted(from) && self.parts[from].is_none())
+    /// World ranks whose part has not come.
+    fn missing_ranks(&self) -> Vec<usize> {
+        let missing = (0..self.parts.len()).filter(|&from| self.wanted(from) && self.parts[from].is_none());
+        missing.map(|from| self.group.members[from]).collect()
     }
 
     fn mismatch(&self, from: usize, expected: String, found: String) -> CommError {
@@ -176,6 +178,10 @@ impl Round {
             if self.collect(&mut gone)? {
                 break;
             }
+            if post.stopped() {
+                let waiting_for = self.missing_ranks();
+                return Err(CommError::Stopped { what: self.what, rank: post.rank(), waiting_for });
+            }
             let now = Instant::now();
             if left.is_none() && gone.is_some() {
                 left = gone;
@@ -191,7 +197,7 @@ impl Round {
                     None => CommError::Timeout {
                         what: self.what,
                         rank: post.rank(),
-                        waiting_for: self.missing().map(|from| group.members[from]).collect(),
+                        waiting_for: self.missing_ranks(),
                         after: post.limit(),
                     },
                 });

@@ -13,6 +13,7 @@ mod wire;
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
@@ -42,6 +43,8 @@ impl Default for MpiOptions {
 /// Runs `body` as this process's rank, between the start and the end of MPI. Once per process.
 ///
 /// When `body` fails, the other ranks are told, and MPI is left as it is: report the error and call [`leave_mpi`].
+/// SIGTERM makes waits fail with [`CommError::Stopped`](crate::CommError::Stopped); a rank that computes notices it at
+/// its next wait.
 /// Ranks share a host when they share the name of the machine and the network name space.
 ///
 /// # Errors
@@ -65,7 +68,7 @@ where
     let num_ranks = usize::try_from(universe.world().size()).unwrap_or(1);
     let start = || -> Result<_, String> {
         wire::return_errors()?;
-        let post = Arc::new(MpiPost::new(rank, num_ranks, options.limit)?);
+        let post = Arc::new(MpiPost::new(rank, num_ranks, options.limit, stop_flag())?);
         let helper = Helper::start(&post).map_err(|error| error.to_string())?;
         Ok((post, helper))
     };
@@ -76,7 +79,7 @@ where
     };
     let hosts = hosts(&post, num_ranks).map_err(|error| fail(RankError::NotStarted(error.to_string())))?;
     let world = Group::world(Arc::clone(&post) as Arc<dyn Post>, hosts);
-    let comm = GroupComm(world);
+    let comm = GroupComm(Arc::clone(&world));
     let value = match catch_unwind(AssertUnwindSafe(|| body(Box::new(comm.clone())))) {
         Ok(Ok(value)) => value,
         Ok(Err(error)) => return Err(fail(RankError::Failed(error))),
@@ -84,6 +87,8 @@ where
     };
     let end = || -> Result<()> {
         comm.barrier("end of the program")?;
+        // Whatever was sent to this rank has come. Nothing may follow: nobody would receive it.
+        world.say_no_goodbye();
         drop(comm);
         drop(helper);
         post.finish()
@@ -101,6 +106,17 @@ pub fn leave_mpi(code: i32, grace: Duration) -> ! {
     let _watch = Watch::start("aborting MPI", Duration::from_secs(5));
     wire::abort_world(code);
     std::process::exit(code)
+}
+
+/// A flag that SIGTERM sets. Launchers send it to the survivors when a rank dies, and kill them a second later: time
+/// to say what they were waiting for. A second signal ends the process at once.
+fn stop_flag() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let term = signal_hook::consts::SIGTERM;
+    // Where signals cannot be caught the process simply ends.
+    let _ = signal_hook::flag::register_conditional_shutdown(term, 128 + term, Arc::clone(&flag));
+    let _ = signal_hook::flag::register(term, Arc::clone(&flag));
+    flag
 }
 
 /// Number of the host of every rank: hosts are numbered as they first appear.

@@ -39,10 +39,17 @@ pub(super) struct MpiPost {
     helper: OnceLock<Thread>,
     helper_asleep: AtomicBool,
     stop: AtomicBool,
+    /// Set when the launcher asks the process to end.
+    stopped: Arc<AtomicBool>,
 }
 
 impl MpiPost {
-    pub(super) fn new(rank: usize, num_ranks: usize, limit: Duration) -> WireResult<Self> {
+    pub(super) fn new(
+        rank: usize,
+        num_ranks: usize,
+        limit: Duration,
+        stopped: Arc<AtomicBool>,
+    ) -> WireResult<Self> {
         Ok(Self {
             rank,
             limit,
@@ -54,6 +61,7 @@ impl MpiPost {
             helper: OnceLock::new(),
             helper_asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            stopped,
         })
     }
 
@@ -191,6 +199,10 @@ impl Post for MpiPost {
             nap(round, deadline);
         }
         self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
     }
 
     fn abort(&self, reason: &str) {
