@@ -11,6 +11,7 @@
 pub mod config;
 pub mod error;
 pub mod exchange;
+pub mod gradients;
 mod inference;
 pub mod layer;
 mod ops;
@@ -25,6 +26,7 @@ pub mod wire;
 
 pub use config::{LayerOptions, Mode, Overlap, PruneRule, Pruning, Step, TwoLevel, topology_of};
 pub use error::{MoeError, Result};
+pub use gradients::all_reduce_gradients;
 pub use layer::{Decision, ExpertParallelLayer, ExpertTensors, Meanwhile};
 pub use router::{GroupLimit, RouterSpec, routing_weights};
 pub use timers::{PhaseSeconds, Timers};

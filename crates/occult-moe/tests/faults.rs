@@ -149,6 +149,8 @@ fn step(
         y = y.apply_op1(Broken)?;
     }
     y.sum_all()?.backward()?;
+    // The next step would find out; a rank that needs nobody any more would not.
+    layer.comm().barrier("end of the step")?;
     Ok(())
 }
 
