@@ -269,19 +269,34 @@ impl Path {
 
     /// Backward of combine: gradients of the tokens' outputs `[T, D]` to the rows at the experts `[R, D]`.
     pub(crate) fn combine_backward(&self, dy: &[f32]) -> Result<Vec<f32>> {
+        self.finish_combine_backward(self.start_combine_backward(dy)?)
+    }
+
+    pub(crate) fn start_combine_backward(&self, dy: &[f32]) -> Result<AgainInFlight> {
         check_len("gradient of combine's output", self.num_tokens() * self.d, dy.len())?;
-        let mut rows = None;
-        for hop in &self.hops {
-            rows = Some(hop.forward_again(rows.as_deref().unwrap_or(dy), self.d, &self.timers)?);
+        self.hops[0].start_again(dy, self.d, &self.timers)
+    }
+
+    pub(crate) fn finish_combine_backward(&self, started: AgainInFlight) -> Result<Vec<f32>> {
+        let mut rows = started.finish(&self.timers)?;
+        for hop in &self.hops[1..] {
+            rows = hop.start_again(&rows, self.d, &self.timers)?.finish(&self.timers)?;
         }
-        Ok(rows.unwrap_or_default())
+        Ok(rows)
     }
 
     /// Backward of dispatch: gradients of the rows `[R, D]` and of the pairs' weights `[pairs]` at the experts, to those of
     /// the tokens `[T, D]` and of the routing weights `[T, K]`.
     pub(crate) fn dispatch_backward(&self, dx: &[f32], dw: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
-        let hop = self.last().start_back(Back::DispatchGrad, dx, Some(dw), self.d)?;
-        self.finish_back(Back::DispatchGrad, hop)
+        self.finish_dispatch_backward(self.start_dispatch_backward(dx, dw)?)
+    }
+
+    pub(crate) fn start_dispatch_backward(&self, dx: &[f32], dw: &[f32]) -> Result<BackInFlight> {
+        self.last().start_back(Back::DispatchGrad, dx, Some(dw), self.d)
+    }
+
+    pub(crate) fn finish_dispatch_backward(&self, started: BackInFlight) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.finish_back(Back::DispatchGrad, started)
     }
 
     fn finish_back(&self, back: Back, mut hop: BackInFlight) -> Result<(Vec<f32>, Vec<f32>)> {
@@ -326,7 +341,18 @@ struct HopInFlight {
 }
 
 #[derive(Debug)]
-struct BackInFlight(Box<dyn Exchange>);
+pub(crate) struct BackInFlight(Box<dyn Exchange>);
+
+#[derive(Debug)]
+pub(crate) struct AgainInFlight(Box<dyn Exchange>);
+
+impl AgainInFlight {
+    /// Waits: values at the rows received, `[R, D]`.
+    fn finish(self, timers: &Timers) -> Result<Vec<f32>> {
+        let arrived = timers.time(Phase::Wire, || self.0.wait())?;
+        Ok(timers.time(Phase::Move, || arrived.buffer.as_slice::<f32>().to_vec()))
+    }
+}
 
 impl Level {
     /// Starts an exchange between the peers; `sizes` and `expected` by peer.
@@ -436,8 +462,8 @@ impl Hop {
         })
     }
 
-    /// Other values `[sources, D]` along the way that the rows took, `[R, D]`.
-    fn forward_again(&self, values: &[f32], d: usize, timers: &Timers) -> Result<Vec<f32>> {
+    /// Starts to send other values `[sources, D]` along the way that the rows took.
+    fn start_again(&self, values: &[f32], d: usize, timers: &Timers) -> Result<AgainInFlight> {
         let bytes = |counts: &[[u32; 2]]| counts.iter().map(|c| c[0] as usize * d * 4).collect::<Vec<_>>();
         let buffer = timers.time(Phase::Move, || {
             let mut buffer = Buffer::zeroed::<f32>(self.plan.num_rows() * d);
@@ -448,9 +474,8 @@ impl Hop {
             buffer
         });
         let (sizes, expected) = (bytes(&self.plan.counts()), bytes(&self.counts));
-        let exchange = self.level.start(self.level.names.combine_grad, buffer, &sizes, expected, true)?;
-        let arrived = timers.time(Phase::Wire, || exchange.wait())?;
-        Ok(timers.time(Phase::Move, || arrived.buffer.as_slice::<f32>().to_vec()))
+        let what = self.level.names.combine_grad;
+        Ok(AgainInFlight(self.level.start(what, buffer, &sizes, expected, true)?))
     }
 
     /// Starts to send `rows` `[R, D]`, and a value per pair, to where the rows came from.

@@ -8,6 +8,7 @@
 //! size, `W` ranks, `S` rows sent, `R` rows received, `N` expanded rows.
 #![forbid(unsafe_code)]
 
+mod autograd;
 pub mod config;
 pub mod error;
 pub mod exchange;
@@ -16,6 +17,7 @@ mod inference;
 pub mod layer;
 mod ops;
 pub mod overlap;
+mod parts;
 pub mod predict;
 pub mod reference;
 pub mod router;
