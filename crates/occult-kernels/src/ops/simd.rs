@@ -82,7 +82,8 @@ pub(crate) fn exp<const ISA: u8>(x: f32) -> f32 {
     let c = if x < -104.0 { -104.0 } else { x };
     let c = if c > 89.0 { 89.0 } else { c };
     let n = fma::<ISA>(c, std::f32::consts::LOG2_E, ROUND) - ROUND;
-    let r = fma::<ISA>(n, -0.693_359_375, c);
+    // ln 2 = 355 / 512 - 2.1219444e-4; the first part times n is exact.
+    let r = fma::<ISA>(n, -355.0 / 512.0, c);
     let r = fma::<ISA>(n, 2.121_944_4e-4, r);
     let mut p = 1.987_569_1e-4;
     for a in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5e-1] {

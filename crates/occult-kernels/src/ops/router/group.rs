@@ -20,7 +20,7 @@ impl Grouped {
     /// # Errors
     /// Ids outside `num_experts`, an expert twice in a token, a number of ids that is no multiple of `top_k`.
     pub fn new(expert_ids: &[u32], top_k: usize, num_experts: usize) -> Result<Self> {
-        if top_k == 0 || expert_ids.len() % top_k != 0 || u32::try_from(expert_ids.len()).is_err() {
+        if top_k == 0 || !expert_ids.len().is_multiple_of(top_k) || u32::try_from(expert_ids.len()).is_err() {
             bail!("router: {} ids of tokens of {top_k}", expert_ids.len());
         }
         let there = || expert_ids.iter().enumerate().filter(|(_, id)| **id != ABSENT);

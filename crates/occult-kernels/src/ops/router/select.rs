@@ -67,7 +67,7 @@ pub fn select_experts(scores: &[f32], num_experts: usize, how: &Selection) -> Re
 }
 
 fn check(len: usize, num_experts: usize, how: &Selection) -> Result<()> {
-    if num_experts == 0 || len % num_experts != 0 {
+    if num_experts == 0 || !len.is_multiple_of(num_experts) {
         bail!("router: {len} scores of {num_experts} experts");
     }
     if how.top_k == 0 || how.top_k > num_experts {
@@ -77,7 +77,7 @@ fn check(len: usize, num_experts: usize, how: &Selection) -> Result<()> {
         bail!("router: a bias of another number of experts than {num_experts}");
     }
     if let Some(Groups { num_groups, top_groups, .. }) = how.groups {
-        let fits = num_groups > 0 && num_experts % num_groups == 0 && top_groups <= num_groups;
+        let fits = num_groups > 0 && num_experts.is_multiple_of(num_groups) && top_groups <= num_groups;
         if !fits || top_groups * (num_experts / num_groups) < how.top_k {
             bail!("router: {top_groups} of {num_groups} groups for {} of {num_experts} experts", how.top_k);
         }

@@ -167,7 +167,8 @@ fn losses_have_the_slopes_they_say() -> Result<()> {
     let logits = Var::from_tensor(&(tensor(1, &[6, 5])? * 2.0)?)?;
     let ids: Vec<u32> = (0..12).map(|i| (i * 3 % 5) as u32).collect();
     let mask = [true, true, false, true, true, true];
-    let losses: [&dyn Fn(&[Tensor]) -> Result<Tensor>; 4] = [
+    type Loss<'a> = &'a dyn Fn(&[Tensor]) -> Result<Tensor>;
+    let losses: [Loss<'_>; 4] = [
         &|t| {
             let scores = router_scores(&t[0], Scoring::Softmax)?;
             load_balancing_loss(&[scores.clone(), scores], &[&ids, &ids], 2, Some(&mask))
