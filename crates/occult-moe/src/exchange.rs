@@ -409,16 +409,16 @@ impl Level {
         let extra = if header { COUNT_BYTES } else { 0 };
         let bytes = |counts: &Counts| counts.iter().map(|&c| message_bytes(c, d) + extra).collect::<Vec<_>>();
         let sizes = bytes(&plan.counts());
-        let buffer = timers.time(Phase::Move, || {
-            let mut buffer = Buffer::zeroed::<u8>(sizes.iter().sum());
+        let buffer = timers.time(Phase::Move, || -> Result<_> {
+            let mut buffer = Buffer::try_zeroed::<u8>(sizes.iter().sum())?;
             let mut rest: &mut [u8] = buffer.as_mut_slice();
             for (rows, &size) in plan.group_offsets.windows(2).zip(&sizes) {
                 let (message, after) = rest.split_at_mut(size);
                 pack(&plan, rows[0] as usize..rows[1] as usize, x, weights, d, header, message);
                 rest = after;
             }
-            buffer
-        });
+            Ok(buffer)
+        })?;
         let (expected, counts) = match incoming {
             Incoming::Counted(counts) => (bytes(&counts), Some(counts)),
             Incoming::AtMost(bounds) => (bytes(&bounds), None),
@@ -465,14 +465,14 @@ impl Hop {
     /// Starts to send other values `[sources, D]` along the way that the rows took.
     fn start_again(&self, values: &[f32], d: usize, timers: &Timers) -> Result<AgainInFlight> {
         let bytes = |counts: &[[u32; 2]]| counts.iter().map(|c| c[0] as usize * d * 4).collect::<Vec<_>>();
-        let buffer = timers.time(Phase::Move, || {
-            let mut buffer = Buffer::zeroed::<f32>(self.plan.num_rows() * d);
+        let buffer = timers.time(Phase::Move, || -> Result<_> {
+            let mut buffer = Buffer::try_zeroed::<f32>(self.plan.num_rows() * d)?;
             let rows: &mut [f32] = buffer.as_mut_slice();
             for (row, &source) in self.plan.row_source.iter().enumerate() {
                 rows[row * d..][..d].copy_from_slice(&values[source as usize * d..][..d]);
             }
-            buffer
-        });
+            Ok(buffer)
+        })?;
         let (sizes, expected) = (bytes(&self.plan.counts()), bytes(&self.counts));
         let what = self.level.names.combine_grad;
         Ok(AgainInFlight(self.level.start(what, buffer, &sizes, expected, true)?))
@@ -491,9 +491,9 @@ impl Hop {
         };
         let (sizes, expected) = (elements(&self.counts), elements(&self.plan.counts()));
         let buffer = match pairs {
-            None => Buffer::from_slice(rows),
+            None => Buffer::try_from_slice(rows)?,
             Some(pairs) => {
-                let mut buffer = Buffer::zeroed::<f32>(sizes.iter().sum());
+                let mut buffer = Buffer::try_zeroed::<f32>(sizes.iter().sum())?;
                 let mut rest: &mut [f32] = buffer.as_mut_slice();
                 for (r, p) in Self::parts(&self.counts, 0).zip(Self::parts(&self.counts, 1)) {
                     for part in [&rows[r.start * d..r.end * d], &pairs[p]] {
