@@ -190,5 +190,6 @@ macro_rules! forward {
     };
 }
 
+forward!(&C);
 forward!(Box<C>);
 forward!(std::sync::Arc<C>);

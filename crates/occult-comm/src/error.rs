@@ -20,6 +20,16 @@ pub enum CommError {
         /// How long it waited.
         after: Duration,
     },
+    /// The process was asked to end (by the launcher, usually because another rank died) while it waited.
+    #[error("rank {rank}: `{what}` was told to stop while it waited for rank {}", list(.waiting_for))]
+    Stopped {
+        /// The operation.
+        what: &'static str,
+        /// The rank that was stopped.
+        rank: usize,
+        /// The ranks whose part was missing, ascending.
+        waiting_for: Vec<usize>,
+    },
     /// Another rank failed or left.
     #[error("rank {rank} failed: {reason} (seen in `{what}`)")]
     Peer {

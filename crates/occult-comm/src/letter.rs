@@ -26,6 +26,16 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    #[cfg(feature = "mpi")]
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        use Kind::{
+            Barrier, Broadcast, Exchange, Gather, Leave, ReduceChunks, ReduceSums, ReduceWhole, Split,
+        };
+        [Exchange, ReduceWhole, ReduceChunks, ReduceSums, Gather, Broadcast, Barrier, Split, Leave]
+            .into_iter()
+            .find(|&kind| kind as u8 == number)
+    }
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Exchange => "exchange",
@@ -100,4 +110,15 @@ impl Payload {
             Self::Part(buffer, range) => Buffer::concat(&[&buffer.as_bytes()[range]]),
         }
     }
+}
+
+/// The part of an operation's name that crosses the wire and is compared: up to 64 bytes.
+pub(crate) fn cut_name(name: &str) -> &str {
+    cut(name, 64)
+}
+
+/// Up to `max_bytes` of a text, whole characters.
+pub(crate) fn cut(text: &str, max_bytes: usize) -> &str {
+    let end = (0..=max_bytes.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    &text[..end.unwrap_or(0)]
 }

@@ -24,6 +24,8 @@ mod group;
 mod letter;
 mod mailbox;
 mod metered;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod post;
 mod solo;
 mod thread;
@@ -32,5 +34,7 @@ pub use buffer::Buffer;
 pub use communicator::{Communicator, Exchange, Expect, Received};
 pub use error::{CommError, Result};
 pub use metered::{Counts, Meter, Metered, Reach, Snapshot};
+#[cfg(feature = "mpi")]
+pub use mpi::{MpiOptions, leave_mpi, run_mpi};
 pub use solo::SoloComm;
 pub use thread::{RankError, RankResults, ThreadOptions, run_threads};

@@ -21,12 +21,23 @@ pub(crate) trait Post: Send + Sync + Debug {
     /// This rank's mailbox.
     fn mailbox(&self) -> &Mailbox;
 
+    /// An operation has begun that nobody waits for yet: a transport may have to move its data meanwhile.
+    fn opened(&self) {}
+
+    /// An operation has ended.
+    fn closed(&self) {}
+
     /// Moves data without waiting.
     fn progress(&self) -> Result<()>;
 
     /// Waits for a change of the mailbox since `seen`, not beyond the deadline; may return earlier. `round` counts the
     /// calls of one wait.
     fn pause(&self, seen: u64, round: u32, deadline: Instant);
+
+    /// Whether the process has been asked to end.
+    fn stopped(&self) -> bool {
+        false
+    }
 
     /// Tells every rank of the world that this one fails.
     fn abort(&self, reason: &str);

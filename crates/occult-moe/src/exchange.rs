@@ -269,19 +269,34 @@ impl Path {
 
     /// Backward of combine: gradients of the tokens' outputs `[T, D]` to the rows at the experts `[R, D]`.
     pub(crate) fn combine_backward(&self, dy: &[f32]) -> Result<Vec<f32>> {
+        self.finish_combine_backward(self.start_combine_backward(dy)?)
+    }
+
+    pub(crate) fn start_combine_backward(&self, dy: &[f32]) -> Result<AgainInFlight> {
         check_len("gradient of combine's output", self.num_tokens() * self.d, dy.len())?;
-        let mut rows = None;
-        for hop in &self.hops {
-            rows = Some(hop.forward_again(rows.as_deref().unwrap_or(dy), self.d, &self.timers)?);
+        self.hops[0].start_again(dy, self.d, &self.timers)
+    }
+
+    pub(crate) fn finish_combine_backward(&self, started: AgainInFlight) -> Result<Vec<f32>> {
+        let mut rows = started.finish(&self.timers)?;
+        for hop in &self.hops[1..] {
+            rows = hop.start_again(&rows, self.d, &self.timers)?.finish(&self.timers)?;
         }
-        Ok(rows.unwrap_or_default())
+        Ok(rows)
     }
 
     /// Backward of dispatch: gradients of the rows `[R, D]` and of the pairs' weights `[pairs]` at the experts, to those of
     /// the tokens `[T, D]` and of the routing weights `[T, K]`.
     pub(crate) fn dispatch_backward(&self, dx: &[f32], dw: &[f32]) -> Result<(Vec<f32>, Vec<f32>)> {
-        let hop = self.last().start_back(Back::DispatchGrad, dx, Some(dw), self.d)?;
-        self.finish_back(Back::DispatchGrad, hop)
+        self.finish_dispatch_backward(self.start_dispatch_backward(dx, dw)?)
+    }
+
+    pub(crate) fn start_dispatch_backward(&self, dx: &[f32], dw: &[f32]) -> Result<BackInFlight> {
+        self.last().start_back(Back::DispatchGrad, dx, Some(dw), self.d)
+    }
+
+    pub(crate) fn finish_dispatch_backward(&self, started: BackInFlight) -> Result<(Vec<f32>, Vec<f32>)> {
+        self.finish_back(Back::DispatchGrad, started)
     }
 
     fn finish_back(&self, back: Back, mut hop: BackInFlight) -> Result<(Vec<f32>, Vec<f32>)> {
@@ -326,7 +341,18 @@ struct HopInFlight {
 }
 
 #[derive(Debug)]
-struct BackInFlight(Box<dyn Exchange>);
+pub(crate) struct BackInFlight(Box<dyn Exchange>);
+
+#[derive(Debug)]
+pub(crate) struct AgainInFlight(Box<dyn Exchange>);
+
+impl AgainInFlight {
+    /// Waits: values at the rows received, `[R, D]`.
+    fn finish(self, timers: &Timers) -> Result<Vec<f32>> {
+        let arrived = timers.time(Phase::Wire, || self.0.wait())?;
+        Ok(timers.time(Phase::Move, || arrived.buffer.as_slice::<f32>().to_vec()))
+    }
+}
 
 impl Level {
     /// Starts an exchange between the peers; `sizes` and `expected` by peer.
@@ -383,16 +409,16 @@ impl Level {
         let extra = if header { COUNT_BYTES } else { 0 };
         let bytes = |counts: &Counts| counts.iter().map(|&c| message_bytes(c, d) + extra).collect::<Vec<_>>();
         let sizes = bytes(&plan.counts());
-        let buffer = timers.time(Phase::Move, || {
-            let mut buffer = Buffer::zeroed::<u8>(sizes.iter().sum());
+        let buffer = timers.time(Phase::Move, || -> Result<_> {
+            let mut buffer = Buffer::try_zeroed::<u8>(sizes.iter().sum())?;
             let mut rest: &mut [u8] = buffer.as_mut_slice();
             for (rows, &size) in plan.group_offsets.windows(2).zip(&sizes) {
                 let (message, after) = rest.split_at_mut(size);
                 pack(&plan, rows[0] as usize..rows[1] as usize, x, weights, d, header, message);
                 rest = after;
             }
-            buffer
-        });
+            Ok(buffer)
+        })?;
         let (expected, counts) = match incoming {
             Incoming::Counted(counts) => (bytes(&counts), Some(counts)),
             Incoming::AtMost(bounds) => (bytes(&bounds), None),
@@ -436,21 +462,20 @@ impl Hop {
         })
     }
 
-    /// Other values `[sources, D]` along the way that the rows took, `[R, D]`.
-    fn forward_again(&self, values: &[f32], d: usize, timers: &Timers) -> Result<Vec<f32>> {
+    /// Starts to send other values `[sources, D]` along the way that the rows took.
+    fn start_again(&self, values: &[f32], d: usize, timers: &Timers) -> Result<AgainInFlight> {
         let bytes = |counts: &[[u32; 2]]| counts.iter().map(|c| c[0] as usize * d * 4).collect::<Vec<_>>();
-        let buffer = timers.time(Phase::Move, || {
-            let mut buffer = Buffer::zeroed::<f32>(self.plan.num_rows() * d);
+        let buffer = timers.time(Phase::Move, || -> Result<_> {
+            let mut buffer = Buffer::try_zeroed::<f32>(self.plan.num_rows() * d)?;
             let rows: &mut [f32] = buffer.as_mut_slice();
             for (row, &source) in self.plan.row_source.iter().enumerate() {
                 rows[row * d..][..d].copy_from_slice(&values[source as usize * d..][..d]);
             }
-            buffer
-        });
+            Ok(buffer)
+        })?;
         let (sizes, expected) = (bytes(&self.plan.counts()), bytes(&self.counts));
-        let exchange = self.level.start(self.level.names.combine_grad, buffer, &sizes, expected, true)?;
-        let arrived = timers.time(Phase::Wire, || exchange.wait())?;
-        Ok(timers.time(Phase::Move, || arrived.buffer.as_slice::<f32>().to_vec()))
+        let what = self.level.names.combine_grad;
+        Ok(AgainInFlight(self.level.start(what, buffer, &sizes, expected, true)?))
     }
 
     /// Starts to send `rows` `[R, D]`, and a value per pair, to where the rows came from.
@@ -466,9 +491,9 @@ impl Hop {
         };
         let (sizes, expected) = (elements(&self.counts), elements(&self.plan.counts()));
         let buffer = match pairs {
-            None => Buffer::from_slice(rows),
+            None => Buffer::try_from_slice(rows)?,
             Some(pairs) => {
-                let mut buffer = Buffer::zeroed::<f32>(sizes.iter().sum());
+                let mut buffer = Buffer::try_zeroed::<f32>(sizes.iter().sum())?;
                 let mut rest: &mut [f32] = buffer.as_mut_slice();
                 for (r, p) in Self::parts(&self.counts, 0).zip(Self::parts(&self.counts, 1)) {
                     for part in [&rows[r.start * d..r.end * d], &pairs[p]] {

@@ -80,7 +80,7 @@ impl ExpertParallelLayer {
                 }
             }
             if let Some(compute) = &mut meanwhile {
-                self.timers.time(Phase::Compute, || compute())?;
+                self.timers.time(Phase::Compute, compute)?;
             }
             self.compute_and_combine(dispatches, dims, experts, tokens)
         })

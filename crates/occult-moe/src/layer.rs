@@ -13,7 +13,8 @@
 //! 7. *Combine*: rows go back the way they came, and a token adds its copies.
 //!
 //! Order of additions: within a rank experts ascending, then ranks ascending (on two levels: ranks of a node ascending,
-//! then nodes). So the bits depend on the placement, the mode and the levels, not on timing, threads or parts.
+//! then nodes). So the bits depend on the placement, the mode, the levels and the number of parts (a kernel may be chosen by
+//! the number of an expert's rows, and gradients of weights are added part by part), not on timing or threads.
 //!
 //! Backward, walked by autograd: 7 sends gradients of outputs to the experts, 6 gives those of weights, pre-activations
 //! and rows, 4 returns the gradients of rows and routing weights in one exchange.
@@ -23,9 +24,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use occult_comm::{CommError, Communicator};
-use occult_kernels::ops::{GradSink, merging_smm, merging_smm_into, scattering_smm, scattering_smm_into};
+use occult_kernels::ops::GradSink;
 use occult_kernels::{SparseRows, Threads};
 use occult_plan::cost::LayerShape;
 use occult_plan::{DispatchPlan, ExpertRows, LayerPlacement, PruneStats, RoutingBuf, prune};
@@ -33,7 +34,6 @@ use occult_plan::{DispatchPlan, ExpertRows, LayerPlacement, PruneStats, RoutingB
 use crate::config::{LayerOptions, Mode, Overlap, Step, TwoLevel};
 use crate::error::{MoeError, Result, check_len};
 use crate::exchange::{DispatchHandle, Exchanger};
-use crate::ops::Link;
 use crate::overlap::{chunk, chunk_count};
 use crate::router::{RouterSpec, routing_weights};
 use crate::tensor::with_f32;
@@ -57,12 +57,18 @@ pub struct ExpertParallelLayer {
 /// Weights of this rank's experts, in ascending expert id.
 #[derive(Debug, Clone, Copy)]
 pub struct ExpertTensors<'a> {
-    /// `[e, 2F, D]` f32: gate rows, then up rows.
+    /// `[e, 2F, D]`, f32 or as stored: gate rows, then up rows.
     pub w_up: &'a Tensor,
-    /// `[e, D, F]` f32.
+    /// `[e, D, F]`.
     pub w_down: &'a Tensor,
     /// Where their gradients are added, instead of autograd's store.
     pub sinks: Option<[&'a GradSink; 2]>,
+}
+
+impl ExpertTensors<'_> {
+    fn are_f32(&self) -> bool {
+        self.w_up.dtype() == DType::F32 && self.w_down.dtype() == DType::F32
+    }
 }
 
 /// What the router and pruning decided for this rank's tokens.
@@ -209,56 +215,15 @@ impl ExpertParallelLayer {
                 dispatches.push(started);
             }
             let shared = match &mut shared {
-                Some(compute) => Some(self.timers.time(Phase::Compute, || compute())?),
+                Some(compute) => Some(self.timers.time(Phase::Compute, compute)?),
                 None => None,
             };
-            let mut combines = Vec::with_capacity(num_chunks);
-            for (part, dispatch) in parts.iter().zip(dispatches) {
-                let (received, handle) = dispatch.finish()?;
-                let part_of = |t: &Tensor| match num_chunks {
-                    1 => Ok(t.clone()),
-                    _ => t.narrow(0, part.start, part.len()),
-                };
-                let link = Link::new(handle.path(), d);
-                let received = link.dispatch(&part_of(&x)?, &part_of(&weights)?, received)?;
-                let outputs = self.experts(&link, &received, &handle, experts)?;
-                let combine = with_f32(&outputs, |y| Ok(handle.start_combine(y)))??;
-                combines.push((link, outputs, combine));
-            }
-            let mut y = Vec::with_capacity(num_chunks);
-            for (link, outputs, combine) in combines {
-                y.push(link.combine(&outputs, combine.finish()?)?);
-            }
-            let y = if y.len() == 1 { y.swap_remove(0) } else { Tensor::cat(&y, 0)? };
+            let in_parts = num_chunks > 1 && experts.are_f32();
+            let walk = if in_parts { Self::in_parts } else { Self::op_by_op };
+            let y = walk(self, &x, &weights, experts, parts.into_iter().zip(dispatches).collect())?;
             Ok(match shared {
                 Some(shared) => (y + shared)?,
                 None => y,
-            })
-        })
-    }
-
-    /// Steps 5 and 6: the received rows `[R, D]` to the sums of their experts' outputs `[R, D]`.
-    fn experts(
-        &self,
-        link: &Link,
-        rows: &Tensor,
-        handle: &DispatchHandle,
-        experts: ExpertTensors<'_>,
-    ) -> Result<Tensor> {
-        let (expanded, sparse) = self.timers.time(Phase::Plan, || self.expand(handle))?;
-        let (expanded, sparse) = (Arc::new(expanded), Arc::new(sparse));
-        let row_weights = link.row_weights(rows, &expanded)?;
-        let (threads, w_up, w_down) = (&self.threads, experts.w_up, experts.w_down);
-        self.timers.time(Phase::Compute, || {
-            Ok(match experts.sinks {
-                None => {
-                    let pre = scattering_smm(threads, &sparse, rows, w_up)?;
-                    merging_smm(threads, &sparse, &pre, w_down, &row_weights)?
-                }
-                Some([up, down]) => {
-                    let pre = scattering_smm_into(threads, &sparse, rows, w_up, up)?;
-                    merging_smm_into(threads, &sparse, &pre, w_down, &row_weights, down)?
-                }
             })
         })
     }

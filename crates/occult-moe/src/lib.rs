@@ -8,13 +8,16 @@
 //! size, `W` ranks, `S` rows sent, `R` rows received, `N` expanded rows.
 #![forbid(unsafe_code)]
 
+mod autograd;
 pub mod config;
 pub mod error;
 pub mod exchange;
+pub mod gradients;
 mod inference;
 pub mod layer;
 mod ops;
 pub mod overlap;
+mod parts;
 pub mod predict;
 pub mod reference;
 pub mod router;
@@ -25,6 +28,7 @@ pub mod wire;
 
 pub use config::{LayerOptions, Mode, Overlap, PruneRule, Pruning, Step, TwoLevel, topology_of};
 pub use error::{MoeError, Result};
+pub use gradients::all_reduce_gradients;
 pub use layer::{Decision, ExpertParallelLayer, ExpertTensors, Meanwhile};
 pub use router::{GroupLimit, RouterSpec, routing_weights};
 pub use timers::{PhaseSeconds, Timers};

@@ -48,7 +48,7 @@ impl Link {
 }
 
 /// An op's result was computed before the op was applied, and can be taken once.
-fn take<T>(slot: &Mutex<Option<T>>) -> Result<T> {
+pub(crate) fn take<T>(slot: &Mutex<Option<T>>) -> Result<T> {
     let value = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
     value.ok_or_else(|| candle_core::Error::msg("an exchange can be applied once"))
 }
@@ -106,14 +106,8 @@ impl CustomOp1 for RowWeights {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let mut by_pair = vec![0.0; self.experts.pair_idx().len()];
         let grad = grad.contiguous()?;
-        with_f32(&grad, |grad| {
-            for (&pair, &grad) in self.experts.pair_idx().iter().zip(grad) {
-                by_pair[pair as usize] = grad;
-            }
-            Ok(())
-        })?;
+        let by_pair = with_f32(&grad, |grad| Ok(by_pair(&self.experts, grad)))?;
         *self.link.weight_grads.lock().unwrap_or_else(PoisonError::into_inner) = Some(by_pair);
         Ok(None)
     }
@@ -122,6 +116,15 @@ impl CustomOp1 for RowWeights {
 /// Weights in the order of the expanded rows, from those of the received pairs.
 pub(crate) fn expanded_weights(experts: &ExpertRows, by_pair: &[f32]) -> Vec<f32> {
     experts.pair_idx().iter().map(|&pair| by_pair[pair as usize]).collect()
+}
+
+/// Values of the expanded rows in the order of the received pairs.
+pub(crate) fn by_pair(experts: &ExpertRows, expanded: &[f32]) -> Vec<f32> {
+    let mut values = vec![0.0; expanded.len()];
+    for (&pair, &value) in experts.pair_idx().iter().zip(expanded) {
+        values[pair as usize] = value;
+    }
+    values
 }
 
 struct Combine {

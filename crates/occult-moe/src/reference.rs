@@ -46,8 +46,14 @@ pub fn dense_weights(spec: &RouterSpec, logits: &Tensor, ids: &[ExpertId]) -> Re
 /// Routing weights `[T, K]` spread over all experts `[T, E]`.
 pub fn spread_weights(weights: &Tensor, ids: &[ExpertId], num_experts: usize) -> Result<Tensor> {
     let (tokens, k) = weights.dims2()?;
-    let ids: Vec<u32> = ids.iter().map(|&id| u32::from(id)).collect();
-    let ids = Tensor::from_vec(ids, (tokens, k), &Device::Cpu)?;
-    let zeros = Tensor::zeros((tokens, num_experts), weights.dtype(), &Device::Cpu)?;
-    Ok(zeros.scatter_add(&ids, weights, 1)?)
+    let mut dense = Tensor::zeros((tokens, num_experts), weights.dtype(), &Device::Cpu)?;
+    for choice in 0..k {
+        let mut is_it = vec![0f32; tokens * num_experts];
+        for (row, ids) in ids.chunks_exact(k).enumerate() {
+            is_it[row * num_experts + usize::from(ids[choice])] = 1.0;
+        }
+        let is_it = Tensor::from_vec(is_it, (tokens, num_experts), &Device::Cpu)?;
+        dense = (dense + is_it.broadcast_mul(&weights.narrow(1, choice, 1)?)?)?;
+    }
+    Ok(dense)
 }

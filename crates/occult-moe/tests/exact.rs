@@ -15,24 +15,25 @@ fn options(world: usize, variant: usize) -> (LayerOptions, ThreadOptions) {
     let topology = Topology::new(world, nodes).unwrap();
     let mut options = LayerOptions::new(topology);
     options.mode = if variant & 2 == 2 { Mode::Conventional } else { Mode::Dedup };
-    options.overlap = if variant & 4 == 4 { Overlap::Chunks(3) } else { Overlap::Off };
+    options.overlap = if variant & 4 == 4 { Overlap::Chunks(1 + variant / 2) } else { Overlap::Off };
     let hosts = (0..world as u16).map(|r| topology.node_of(r)).collect();
     (options, ThreadOptions { host_of_rank: Some(hosts), ..ThreadOptions::default() })
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 80, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn equals_the_definition(
         seed in 0u64..1_000_000,
         world in prop::sample::select(vec![1usize, 2, 3, 4, 8]),
         experts in 4usize..12,
         top_k in 1usize..5,
+        (d, f) in (1usize..40, 1usize..24),
         variant in 0usize..8,
         max_ranks in prop::sample::select(vec![None, Some(1), Some(2)]),
         rule in 0usize..2,
     ) {
-        let case = Case::random(seed, world, experts, top_k, 8, 6);
+        let case = Case::random(seed, world, experts, top_k, d, f);
         let (mut options, threads) = options(world, variant);
         options.pruning = max_ranks.map(|max_ranks| Pruning {
             rule: if rule == 0 { PruneRule::RouterScore } else { PruneRule::BestMass },
@@ -45,7 +46,7 @@ proptest! {
         prop_assert_eq!(first, ranks(), "two runs differ");
     }
 
-    /// A budget of all ranks is no pruning, and the number of parts and overlap changes nothing, bit for bit.
+    /// A budget of all ranks is no pruning, bit for bit.
     #[test]
     fn bits_do_not_depend_on_a_full_budget(
         seed in 0u64..1_000_000,
@@ -62,11 +63,11 @@ proptest! {
             let pruning = Some(Pruning { rule, budget: Budget::Fixed { max_ranks: world } });
             prop_assert_eq!(&bits(&LayerOptions { pruning, ..options.clone() }), &plain);
         }
-        // Gradients of expert weights are summed part by part; all else has the same bits in any number of parts.
+        // Parts change no decision, and nothing but the rounding of sums.
         for n in [2, 5] {
             let parts = bits(&LayerOptions { overlap: Overlap::Chunks(n), ..options.clone() });
             for ((got, ids), (want, want_ids)) in parts.iter().zip(&plain) {
-                prop_assert_eq!((&got.y, &got.dx, ids), (&want.y, &want.dx, want_ids));
+                prop_assert_eq!(ids, want_ids);
                 assert_close(got, want);
             }
         }

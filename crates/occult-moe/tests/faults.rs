@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 use common::{Case, run, tensor, var};
 use occult_comm::{Buffer, CommError, Communicator, Exchange, Expect, RankError, Result, ThreadOptions};
 use occult_kernels::Threads;
-use occult_moe::{ExpertParallelLayer, ExpertTensors, LayerOptions, MoeError};
+use occult_moe::{ExpertParallelLayer, ExpertTensors, LayerOptions, MoeError, Overlap};
 use occult_plan::{Rank, Topology};
 
 const WORLD: usize = 4;
@@ -149,15 +149,18 @@ fn step(
         y = y.apply_op1(Broken)?;
     }
     y.sum_all()?.backward()?;
+    // The next step would find out; a rank that needs nobody any more would not.
+    layer.comm().barrier("end of the step")?;
     Ok(())
 }
 
-fn outcome(nodes: usize, at: &'static str, how: How, stage: Stage) -> Vec<String> {
+fn outcome_of(overlap: Overlap, nodes: usize, at: &'static str, how: How, stage: Stage) -> Vec<String> {
     let mut case = Case::random(7, WORLD, 9, 3, 4, 4);
     // Everybody has tokens, and everybody's tokens go everywhere.
     case.tokens = vec![5; WORLD];
     case.x = common::Rng(5).values(20 * case.d);
-    let options = LayerOptions::new(Topology::new(WORLD, nodes).unwrap());
+    let mut options = LayerOptions::new(Topology::new(WORLD, nodes).unwrap());
+    options.overlap = overlap;
     let start = Instant::now();
     let results = run(WORLD, &ThreadOptions::default(), |inner| {
         step(&case, &options, Arc::new(Faulty { inner, at, how }), stage)
@@ -167,6 +170,10 @@ fn outcome(nodes: usize, at: &'static str, how: How, stage: Stage) -> Vec<String
         r.as_ref().map_or_else(ToString::to_string, |()| String::new())
     };
     results.results.iter().map(message).collect()
+}
+
+fn outcome(nodes: usize, at: &'static str, how: How, stage: Stage) -> Vec<String> {
+    outcome_of(Overlap::Off, nodes, at, how, stage)
 }
 
 /// Every rank failed, and those that did not do it say who did.
@@ -189,7 +196,10 @@ fn a_panic_or_an_error_in_any_exchange_reaches_everybody() {
     for at in ["moe counts", "moe dispatch", "moe combine", "moe combine gradients", "moe dispatch gradients"]
     {
         for how in [How::Panic, How::Error] {
-            assert_all_know(&outcome(1, at, how, Stage::Nowhere), &format!("{how:?} in {at}"));
+            for overlap in [Overlap::Off, Overlap::Chunks(2)] {
+                let messages = outcome_of(overlap, 1, at, how, Stage::Nowhere);
+                assert_all_know(&messages, &format!("{how:?} in {at}"));
+            }
         }
     }
     for at in [

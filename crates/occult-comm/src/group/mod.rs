@@ -3,7 +3,7 @@
 mod reduce;
 mod round;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,6 +12,9 @@ use crate::post::Post;
 use crate::{Buffer, CommError, Communicator, Exchange, Expect, Received, Result};
 pub(crate) use reduce::reduce_bytes;
 use round::{GroupExchange, Round, Sources};
+
+/// Identity of the group of all ranks. Groups from splits have numbers from 1 on.
+const WORLD: GroupId = (0, 0);
 
 /// What the ranks of a group agree on.
 #[derive(Debug)]
@@ -24,6 +27,7 @@ pub(crate) struct Group {
     /// This rank's number in the group.
     me: usize,
     next_operation: Mutex<u64>,
+    silent: AtomicBool,
     /// The next group number that this world rank may give out.
     next_group: Arc<AtomicU32>,
 }
@@ -31,16 +35,33 @@ pub(crate) struct Group {
 impl Group {
     /// The group of all ranks.
     pub(crate) fn world(post: Arc<dyn Post>, hosts: Vec<usize>) -> Arc<Self> {
+        Self::all(post, hosts, WORLD)
+    }
+
+    /// A group of all ranks under another identity, for what happens before the world is known.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn before_world(post: Arc<dyn Post>, num_ranks: usize) -> Arc<Self> {
+        Self::all(post, vec![0; num_ranks], (u32::MAX, 0))
+    }
+
+    fn all(post: Arc<dyn Post>, hosts: Vec<usize>, id: GroupId) -> Arc<Self> {
         let me = post.rank();
         Arc::new(Self {
             post,
-            id: (0, 0),
+            id,
             members: (0..hosts.len()).collect(),
             hosts,
             me,
             next_operation: Mutex::new(0),
+            silent: AtomicBool::new(false),
             next_group: Arc::new(AtomicU32::new(1)),
         })
+    }
+
+    /// All ranks are known to have finished: no goodbye is needed.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn say_no_goodbye(&self) {
+        self.silent.store(true, Ordering::Relaxed);
     }
 
     fn address(&self, from: usize, operation: u64) -> Address {
@@ -70,11 +91,11 @@ impl Group {
 impl Drop for Group {
     /// Says goodbye, so that ranks that still wait for this one do not wait until their deadline.
     fn drop(&mut self) {
-        if std::thread::panicking() && self.id == (0, 0) {
+        if std::thread::panicking() && self.id == WORLD {
             self.post.abort("it panicked");
         }
         for (to, &world_rank) in self.members.iter().enumerate() {
-            if to != self.me {
+            if to != self.me && !self.silent.load(Ordering::Relaxed) {
                 let letter = Letter { kind: Kind::Leave, what: "".into(), payload: Payload::Empty };
                 // A failure to say goodbye shows at the others as a timeout; there is nobody to report it to here.
                 let _ = self.post.send(world_rank, self.address(self.me, u64::MAX), letter);
@@ -172,6 +193,7 @@ impl Communicator for GroupComm {
             hosts: chosen.iter().map(|&rank| group.hosts[rank]).collect(),
             me: chosen.iter().position(|&rank| rank == group.me).unwrap_or(0),
             next_operation: Mutex::new(0),
+            silent: AtomicBool::new(false),
             next_group: Arc::clone(&group.next_group),
         };
         Ok(Box::new(Self(Arc::new(child))))

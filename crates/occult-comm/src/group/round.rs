@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Group;
-use crate::letter::{Kind, Letter, Payload};
+use crate::letter::{Kind, Letter, Payload, cut_name};
 use crate::mailbox::Taken;
 use crate::{Buffer, CommError, Exchange, Expect, Received, Result};
 
@@ -60,6 +60,7 @@ impl Round {
             sources,
             parts: vec![None; num_ranks],
         };
+        group.post.opened();
         if !out.is_empty() {
             let own = std::mem::replace(&mut out[group.me], Payload::Empty);
             round.accept(group.me, own)?;
@@ -82,8 +83,10 @@ impl Round {
         }
     }
 
-    fn missing(&self) -> impl Iterator<Item = usize> {
-        (0..self.parts.len()).filter(|&from| self.wanted(from) && self.parts[from].is_none())
+    /// World ranks whose part has not come.
+    fn missing_ranks(&self) -> Vec<usize> {
+        let missing = (0..self.parts.len()).filter(|&from| self.wanted(from) && self.parts[from].is_none());
+        missing.map(|from| self.group.members[from]).collect()
     }
 
     fn mismatch(&self, from: usize, expected: String, found: String) -> CommError {
@@ -114,7 +117,7 @@ impl Round {
     }
 
     fn open(&mut self, from: usize, letter: Letter) -> Result<()> {
-        if letter.kind == self.kind && letter.what == self.what {
+        if letter.kind == self.kind && cut_name(&letter.what) == cut_name(self.what) {
             return self.accept(from, letter.payload);
         }
         let own = format!("`{}` ({})", self.what, self.kind.name());
@@ -175,6 +178,10 @@ impl Round {
             if self.collect(&mut gone)? {
                 break;
             }
+            if post.stopped() {
+                let waiting_for = self.missing_ranks();
+                return Err(CommError::Stopped { what: self.what, rank: post.rank(), waiting_for });
+            }
             let now = Instant::now();
             if left.is_none() && gone.is_some() {
                 left = gone;
@@ -190,7 +197,7 @@ impl Round {
                     None => CommError::Timeout {
                         what: self.what,
                         rank: post.rank(),
-                        waiting_for: self.missing().map(|from| group.members[from]).collect(),
+                        waiting_for: self.missing_ranks(),
                         after: post.limit(),
                     },
                 });
@@ -203,6 +210,7 @@ impl Round {
 
 impl Drop for Round {
     fn drop(&mut self) {
+        self.group.post.closed();
         let mailbox = self.group.post.mailbox();
         for from in 0..self.parts.len() {
             if self.wanted(from) && self.parts[from].is_none() && from != self.group.me {

@@ -10,6 +10,8 @@ use crate::letter::{Address, Letter};
 use crate::mailbox::{Failure, Mailbox};
 use crate::post::Post;
 
+#[cfg(feature = "mpi")]
+pub(crate) use run::panic_message;
 pub use run::{RankError, RankResults, ThreadOptions, run_threads};
 
 /// One rank's view of the shared mailboxes.

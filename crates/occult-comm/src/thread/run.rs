@@ -42,6 +42,9 @@ pub enum RankError<E> {
     /// It never ran.
     #[error("not started: {0}")]
     NotStarted(String),
+    /// Its body ended well, but the ranks could not take leave of each other.
+    #[error("not ended: {0}")]
+    NotEnded(String),
 }
 
 /// What every rank returned.

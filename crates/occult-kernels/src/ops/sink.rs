@@ -28,7 +28,7 @@ impl GradSink {
     }
 
     /// Calls `f` with the values, zeros at first.
-    pub(crate) fn add<R>(&self, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    pub fn add<R>(&self, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
         let mut values = self.lock();
         values.resize(len, 0.0);
         f(&mut values)

@@ -8,7 +8,7 @@ use occult_comm::{Communicator, RankResults, ThreadOptions, run_threads};
 use occult_kernels::Threads;
 use occult_moe::reference::{dense_layer, dense_weights};
 use occult_moe::{ExpertParallelLayer, ExpertTensors, LayerOptions, MoeError, RouterSpec};
-use occult_plan::{ExpertId, LayerPlacement, Rank};
+use occult_plan::{ExpertId, LayerPlacement, Rank, Scoring};
 
 /// A small generator: the same numbers everywhere.
 pub(crate) struct Rng(pub(crate) u64);
@@ -72,8 +72,14 @@ impl Case {
         }
         let placement = LayerPlacement::from_rank_experts(experts, &ranks).expect("placement");
         let t: usize = tokens.iter().sum();
+        let mut router = RouterSpec::softmax(experts, top_k, seed.is_multiple_of(5));
+        if seed % 7 == 3 {
+            router.rule.scoring = Scoring::Sigmoid;
+            router.rule.routed_scaling_factor = 1.5;
+            router.rule.selection_bias = Some((0..experts).map(|e| e as f32 * 0.01).collect());
+        }
         Self {
-            router: RouterSpec::softmax(experts, top_k, seed.is_multiple_of(5)),
+            router,
             placement,
             tokens,
             d,
