@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OCCULT = ROOT / "target" / "release" / "occult"
+TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+OCCULT = TARGET / "release" / "occult"
 # The routing of released models; set TRACES where it lies elsewhere.
 TRACES = Path(os.environ.get("TRACES", ROOT.parent / "shared" / "traces"))
 

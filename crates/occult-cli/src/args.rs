@@ -89,7 +89,8 @@ pub(crate) enum Command {
     Logits(LogitsArgs),
     /// Continue a prompt
     #[command(after_help = "Examples:\n  occult generate OLMoE-1B-7B-0924/ --prompt 'The sea is'\n  \
-                            occult generate OLMoE-1B-7B-0924-Instruct/ --chat --prompt 'Why is the sea salty?' --temperature 0.7")]
+                            occult generate OLMoE-1B-7B-0924-Instruct/ --chat --prompt 'Why is the sea salty?' --temperature 0.7\n  \
+                            echo '[1, 5, 7]' > ids.json && occult generate OLMoE-1B-7B-0924/ --ids ids.json")]
     Generate(GenerateArgs),
     /// Measure a model: perplexity of text, accuracy on multiple-choice tasks
     #[command(after_help = "Examples:\n  occult eval OLMoE-1B-7B-0924/ --text web.txt code.txt\n  \

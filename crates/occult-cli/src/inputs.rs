@@ -29,6 +29,9 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 pub(crate) fn text(path: &Path, tokenizer: &TextTokenizer, max: Option<usize>) -> Result<Vec<u32>> {
     let text =
         String::from_utf8(read(path)?).with_context(|| format!("{}: is not UTF-8 text", path.display()))?;
+    if text.is_empty() {
+        bail!("{}: has no text", path.display());
+    }
     let start = max.and_then(|max| beginning(&text, max));
     let mut ids = match start {
         Some(start) => tokenizer.encode(start, true)?,
@@ -55,12 +58,24 @@ fn beginning(text: &str, max: usize) -> Option<&str> {
 /// Sequences of token ids: a JSON list of lists, or safetensors with `input_ids` `[batch, len]` and optionally
 /// `attention_mask` of the same shape, which is 0 at the start of shorter sequences.
 pub(crate) fn ids(path: &Path) -> Result<Vec<Vec<u32>>> {
+    sequences(path, &read(path)?)
+}
+
+/// Prompts of token ids: one JSON list, or what [`ids`] reads.
+pub(crate) fn prompts(path: &Path) -> Result<Vec<Vec<u32>>> {
     let bytes = read(path)?;
+    match serde_json::from_slice::<Vec<u32>>(&bytes) {
+        Ok(one) if !one.is_empty() => Ok(vec![one]),
+        _ => sequences(path, &bytes),
+    }
+}
+
+fn sequences(path: &Path, bytes: &[u8]) -> Result<Vec<Vec<u32>>> {
     let json = bytes.iter().find(|b| !b.is_ascii_whitespace()) == Some(&b'[');
     let sequences = if json {
-        serde_json::from_slice(&bytes).context("expected a JSON list of lists of token ids")
+        serde_json::from_slice(bytes).context("expected a JSON list of lists of token ids")
     } else {
-        tensor_ids(&bytes)
+        tensor_ids(bytes)
     };
     let sequences: Vec<Vec<u32>> = sequences.with_context(|| path.display().to_string())?;
     if sequences.is_empty() {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use occult_formats::{ProfileMeta, RouterInfo, Scoring};
 use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, TextTokenizer, Threads};
 
@@ -37,11 +37,24 @@ pub(crate) fn tokenizer(dir: &Path, spec: &ModelSpec) -> Result<TextTokenizer> {
     Ok(TextTokenizer::open(dir, spec)?)
 }
 
+/// Checks sequences against a model before its weights are read.
+pub(crate) fn check_ids(sequences: &[Vec<u32>], spec: &ModelSpec, longest: usize) -> Result<()> {
+    for (i, s) in sequences.iter().enumerate() {
+        if s.len() > longest {
+            bail!("sequence {i} has {} tokens, the model's context is {longest}", s.len());
+        }
+        if let Some(id) = s.iter().find(|&&id| id as usize >= spec.vocab_size) {
+            bail!("sequence {i} has token id {id}, the model's vocabulary has {}", spec.vocab_size);
+        }
+    }
+    Ok(())
+}
+
 /// Window length: what was asked for, checked, or the default.
 pub(crate) fn window(asked: Option<usize>, spec: &ModelSpec) -> Result<usize> {
     match asked {
         None => Ok(WINDOW.min(spec.context_len)),
-        Some(n) if (1..=spec.context_len).contains(&n) => Ok(n),
+        Some(n) if n <= spec.context_len => Ok(n),
         Some(n) => bail!("--context is {n}, expected 1 to {} (the model's context)", spec.context_len),
     }
 }

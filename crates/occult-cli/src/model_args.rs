@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use occult_model::StoredDtype;
 use occult_model::hf::ExpertLayout;
+use occult_model::{PASS_ROWS, StoredDtype};
 
 /// Number formats of weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -42,6 +42,15 @@ impl Layout {
     }
 }
 
+/// A count of which none would leave nothing to do.
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(0) => Err("expected at least 1".to_owned()),
+        Ok(n) => Ok(n),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
     /// Model directory: config.json, safetensors files, tokenizer.json
@@ -50,7 +59,7 @@ pub(crate) struct LoadArgs {
     #[arg(long, value_enum, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
     /// Worker threads [default: the cores of this machine]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) threads: Option<usize>,
 }
 
@@ -106,6 +115,9 @@ pub(crate) struct LogitsArgs {
     /// Token ids: a JSON list of lists, or safetensors with `input_ids` [batch, len]
     #[arg(long, value_name = "FILE")]
     pub(crate) ids: PathBuf,
+    /// Rows that are computed at a time: short sequences share them, longer ones are cut
+    #[arg(long, default_value_t = PASS_ROWS, value_name = "N", value_parser = at_least_one)]
+    pub(crate) batch_tokens: usize,
     /// safetensors file to write
     #[arg(long, short, value_name = "FILE")]
     pub(crate) out: PathBuf,
@@ -125,11 +137,17 @@ pub(crate) struct ProfileArgs {
     #[arg(short, long, value_name = "PROFILE")]
     pub(crate) output: PathBuf,
     /// Tokens that a text is cut into and that see each other [default: 2048, or the model's context if that is less]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) context: Option<usize>,
     /// Most tokens of every file
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) max_tokens: Option<usize>,
+    /// Rows that are computed at a time: short sequences share them, longer ones are cut
+    #[arg(long, default_value_t = PASS_ROWS, value_name = "N", value_parser = at_least_one)]
+    pub(crate) batch_tokens: usize,
+    /// Compute without recording or writing anything: what the recording costs is measured against this
+    #[arg(long, hide = true)]
+    pub(crate) no_record: bool,
     /// Name of the model in the profile [default: the name of its directory]
     #[arg(long, value_name = "NAME")]
     pub(crate) model_name: Option<String>,
@@ -143,10 +161,14 @@ pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) load: LoadArgs,
     /// Text to continue, or with --chat what the user says
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) prompt: String,
+    #[arg(long, value_name = "TEXT", required_unless_present = "ids", conflicts_with = "ids")]
+    pub(crate) prompt: Option<String>,
+    /// Token ids to continue instead of text: a JSON list, a list of lists, or a file as `occult logits` reads it. Prints
+    /// the new ids, a JSON list for every prompt, and needs no tokenizer
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ids: Option<PathBuf>,
     /// Put the prompt into the model's chat template
-    #[arg(long)]
+    #[arg(long, conflicts_with = "ids")]
     pub(crate) chat: bool,
     /// What the chat's system message says
     #[arg(long, value_name = "TEXT", requires = "chat")]
@@ -154,11 +176,14 @@ pub(crate) struct GenerateArgs {
     /// 0 takes the most probable token [default: what the model's authors recommend, else 0]
     #[arg(long, value_name = "T")]
     pub(crate) temperature: Option<f32>,
+    /// Draw from this many of the most probable tokens; 0 is all [default: what the authors recommend, else 0]
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
     /// Draw from the most probable tokens that make up this share [default: what the authors recommend, else 1]
     #[arg(long, value_name = "P")]
     pub(crate) top_p: Option<f32>,
     /// Most tokens to generate
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(long, default_value_t = 256, value_name = "N", value_parser = at_least_one)]
     pub(crate) max_tokens: usize,
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
@@ -182,10 +207,10 @@ pub(crate) struct EvalArgs {
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub(crate) tasks: Vec<PathBuf>,
     /// Tokens of a window of text [default: 2048, or the model's context if that is less]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) context: Option<usize>,
     /// Most tokens of every text
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(crate) max_tokens: Option<usize>,
     /// Print the figures as JSON
     #[arg(long)]

@@ -22,6 +22,14 @@ pub(crate) fn bytes(what: &str) -> ProgressBar {
     bar
 }
 
+/// Moves a bar to what is done of a total.
+pub(crate) fn follow(bar: &ProgressBar) -> impl FnMut(u64, u64) + '_ {
+    |done, total| {
+        bar.set_length(total);
+        bar.set_position(done);
+    }
+}
+
 fn hidden_unless_terminal(total: u64) -> ProgressBar {
     if std::io::stderr().is_terminal() {
         ProgressBar::new(total)

@@ -10,6 +10,7 @@ use crate::error::{ModelError, Result};
 use crate::kv_cache::KvCache;
 use crate::moe::RoutingObserver;
 use crate::sample::{Sampler, Sampling};
+use crate::spec::ModelSpec;
 
 /// Positions of a prompt that are computed at a time: bounds the attention scores in memory.
 pub const PREFILL_CHUNK: usize = 512;
@@ -47,6 +48,23 @@ pub struct Generated {
     pub stop: Stop,
 }
 
+/// Errors unless a prompt has tokens, all of them in the vocabulary, and leaves room in the context for one more.
+pub fn check_prompt(spec: &ModelSpec, prompt: &[u32]) -> Result<()> {
+    let (vocab, context) = (spec.vocab_size, spec.context_len);
+    if prompt.is_empty() {
+        return Err(ModelError::request("the prompt has no tokens"));
+    }
+    if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
+        let message = format!("the prompt has token id {id}, the model's vocabulary has {vocab}");
+        return Err(ModelError::request(message));
+    }
+    if prompt.len() >= context {
+        let message = format!("the prompt has {} tokens, the model's context is {context}", prompt.len());
+        return Err(ModelError::request(message));
+    }
+    Ok(())
+}
+
 /// Continues a prompt. `on_token` is called with every new token as it comes, and can end the text.
 pub fn generate(
     model: &Decoder,
@@ -54,15 +72,8 @@ pub fn generate(
     options: &GenerateOptions,
     on_token: &mut dyn FnMut(u32) -> Result<ControlFlow<()>>,
 ) -> Result<Generated> {
-    let context = model.spec().context_len;
-    if prompt.is_empty() {
-        return Err(ModelError::request("the prompt has no tokens"));
-    }
-    if prompt.len() >= context {
-        let message = format!("the prompt has {} tokens, the model's context is {context}", prompt.len());
-        return Err(ModelError::request(message));
-    }
-    let room = context - prompt.len();
+    check_prompt(model.spec(), prompt)?;
+    let room = model.spec().context_len - prompt.len();
     let limit = options.max_new_tokens.unwrap_or(room).min(room);
     let mut sampler = Sampler::new(options.sampling)?;
     let mut ids = Vec::new();
@@ -87,26 +98,6 @@ pub fn generate(
         }
         logits = model.forward(&Batch::single(&[id])?, Some(&mut cache), Logits::Last, None)?;
     }
-}
-
-/// Computes the logits of every position of one sequence in chunks of [`PREFILL_CHUNK`], so that memory is bounded. `each`
-/// is called with the chunk's first position and its logits `[n, V]`.
-pub fn all_logits(
-    model: &Decoder,
-    ids: &[u32],
-    mut observer: Option<&mut dyn RoutingObserver>,
-    each: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
-) -> Result<()> {
-    let mut cache = model.new_cache();
-    for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
-        let observer: Option<&mut dyn RoutingObserver> = match &mut observer {
-            Some(o) => Some(&mut **o),
-            None => None,
-        };
-        let logits = model.forward(&Batch::single(chunk)?, Some(&mut cache), Logits::All, observer)?;
-        each(i * PREFILL_CHUNK, &logits.flatten_all()?.to_vec1::<f32>()?)?;
-    }
-    Ok(())
 }
 
 /// Feeds a sequence in chunks of [`PREFILL_CHUNK`] and returns the last position's logits `[1, 1, V]`.

@@ -7,33 +7,41 @@ use crate::error::{ModelError, Result};
 /// Fewest positions that room is made for.
 const FIRST: usize = 64;
 
-/// One layer: two tensors `[B, h, S, d]` that grow along `S` (keys and values, or latents and rotary keys).
+/// One layer: one or two tensors `[B, h, S, d]` that grow along `S` (keys and values, or latents with rotary keys).
 ///
 /// Room doubles when it is used up, so a position is copied once or twice in all. Views that [`append`](Self::append)
 /// gave out show the same memory: they stay valid because positions are only added behind them.
 #[derive(Debug, Default)]
 pub(crate) struct LayerCache {
-    rooms: Option<(Tensor, Tensor)>,
+    rooms: Vec<Tensor>,
     len: usize,
 }
 
 impl LayerCache {
-    /// Appends `[B, h, T, d]` each and returns views of everything so far.
-    pub(crate) fn append(&mut self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (a_room, b_room) = match self.rooms.take() {
-            Some((a_room, b_room)) => (self.make_room(a_room, a)?, self.make_room(b_room, b)?),
-            None => (new_room(a, a.dim(2)?)?, new_room(b, b.dim(2)?)?),
-        };
-        a_room.slice_set(&a.contiguous()?, 2, self.len)?;
-        b_room.slice_set(&b.contiguous()?, 2, self.len)?;
-        self.len += a.dim(2)?;
-        let so_far = (a_room.narrow(2, 0, self.len)?, b_room.narrow(2, 0, self.len)?);
-        self.rooms = Some((a_room, b_room));
+    /// Appends `[B, h, T, d]` each, always as many, and returns views of everything so far.
+    pub(crate) fn append<const N: usize>(&mut self, new: [&Tensor; N]) -> Result<[Tensor; N]> {
+        let rooms = std::mem::take(&mut self.rooms);
+        if !rooms.is_empty() && rooms.len() != N {
+            return Err(ModelError::request("a cache of another kind of attention"));
+        }
+        let mut so_far = new.map(Clone::clone);
+        let mut len = self.len;
+        for (i, new) in new.into_iter().enumerate() {
+            let room = match rooms.get(i) {
+                Some(room) => self.make_room(room, new)?,
+                None => new_room(new, new.dim(2)?)?,
+            };
+            len = self.len + new.dim(2)?;
+            room.slice_set(&new.contiguous()?, 2, self.len)?;
+            so_far[i] = room.narrow(2, 0, len)?;
+            self.rooms.push(room);
+        }
+        self.len = len;
         Ok(so_far)
     }
 
     /// `room`, or a larger one with the same positions, that also holds those of `new`.
-    fn make_room(&self, room: Tensor, new: &Tensor) -> Result<Tensor> {
+    fn make_room(&self, room: &Tensor, new: &Tensor) -> Result<Tensor> {
         let (b, h, capacity, d) = room.dims4()?;
         let (new_b, new_h, t, new_d) = new.dims4()?;
         if (b, h, d) != (new_b, new_h, new_d) {
@@ -42,7 +50,7 @@ impl LayerCache {
             )));
         }
         if self.len + t <= capacity {
-            return Ok(room);
+            return Ok(room.clone());
         }
         let larger = new_room(new, self.len + t)?;
         larger.slice_set(&room.narrow(2, 0, self.len)?.contiguous()?, 2, 0)?;
@@ -54,8 +62,7 @@ impl Clone for LayerCache {
     /// The copy has its own memory: both can go on differently.
     fn clone(&self) -> Self {
         let copy = |t: &Tensor| t.copy().unwrap_or_else(|_| t.clone());
-        let rooms = self.rooms.as_ref().map(|(a, b)| (copy(a), copy(b)));
-        Self { rooms, len: self.len }
+        Self { rooms: self.rooms.iter().map(copy).collect(), len: self.len }
     }
 }
 
@@ -113,15 +120,15 @@ mod tests {
         let pieces: Vec<Tensor> = [50, 1, 30, 1, 200].into_iter().enumerate().map(|(i, t)| rows(i, t)).collect();
         for i in 0..pieces.len() {
             let mut other = cache.clone();
-            let (k, v) = cache.append(&pieces[i], &pieces[i])?;
+            let [k, v] = cache.append([&pieces[i], &pieces[i]])?;
             let want = Tensor::cat(&pieces[..=i], 2)?;
             for got in [&k, &v] {
                 assert_eq!((got - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
             }
-            other.append(&rows(77, 3), &rows(77, 3))?;
+            other.append([&rows(77, 3), &rows(77, 3)])?;
             assert_eq!((k - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
         }
-        assert!(cache.append(&rows(0, 1).narrow(0, 0, 1)?, &rows(0, 1)).is_err());
+        assert!(cache.append([&rows(0, 1).narrow(0, 0, 1)?, &rows(0, 1)]).is_err());
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ use crate::decoder::Logits;
 use crate::error::{ModelError, Result};
 use crate::load::{LoadOptions, ModelFiles};
 use crate::moe::RoutingRecord;
-use crate::rewrite::{ConvertOptions, rewrite};
+use crate::rewrite::{ConvertOptions, Progress, rewrite};
 use crate::spec::{GroupSpec, ModelSpec};
 
 /// Largest difference of logits that a permutation may make, as a part of their range: other orders of additions.
@@ -71,12 +71,13 @@ pub fn expert_order(layer: &LayerPlacement, groups: Option<GroupSpec>) -> Result
 
 /// Writes the model in `from` to the new directory `to` with its experts in the order of `placement` (one table per MoE
 /// layer): router rows and experts move together. Both models then compute the logits of `sample`, or of made-up tokens;
-/// `to` appears only if they agree within [`MAX_LOGIT_DIFFERENCE`].
+/// `to` appears only if they agree within [`MAX_LOGIT_DIFFERENCE`]. `progress` is told while weights are written.
 pub fn permute(
     from: &Path,
     placement: &Placement,
     to: &Path,
     sample: Option<&[u32]>,
+    progress: &mut Progress<'_>,
 ) -> Result<PermuteReport> {
     let files = ModelFiles::open(from, LoadOptions::default())?;
     let spec = files.spec();
@@ -106,7 +107,7 @@ pub fn permute(
     let before = run(&files, &ids)?;
     let options = ConvertOptions { layout: files.names().layout, dtype: None };
     let (mut logit_difference, mut routing_changes) = (0.0, 0);
-    rewrite(&files, to, &options, Some(&orders), |dir| {
+    rewrite(&files, to, &options, Some(&orders), progress, |dir| {
         let after = run(&ModelFiles::open(dir, LoadOptions::default())?, &ids)?;
         logit_difference = difference(&before.logits, &after.logits);
         // A difference that is no number must not pass.

@@ -30,11 +30,14 @@ impl Default for ConvertOptions {
     }
 }
 
+/// Is told the bytes of weights that are written, and of all that will be.
+pub type Progress<'a> = dyn FnMut(u64, u64) + 'a;
+
 /// Writes the model in `from` to the new directory `to`, which appears when it is complete. Without a change of layout or
-/// format every file is byte-identical. Files that are not weights are copied.
-pub fn convert(from: &Path, to: &Path, options: &ConvertOptions) -> Result<()> {
+/// format every file is byte-identical. Files that are not weights are copied. `progress` is told while weights are written.
+pub fn convert(from: &Path, to: &Path, options: &ConvertOptions, progress: &mut Progress<'_>) -> Result<()> {
     let files = ModelFiles::open(from, LoadOptions::default())?;
-    rewrite(&files, to, options, None, |_| Ok(()))
+    rewrite(&files, to, options, None, progress, |_| Ok(()))
 }
 
 /// For every MoE layer, the old expert at each new index.
@@ -46,6 +49,7 @@ pub(crate) fn rewrite(
     to: &Path,
     options: &ConvertOptions,
     orders: Option<&ExpertOrders>,
+    progress: &mut Progress<'_>,
     check: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
     let occupied = fs::read_dir(to).map(|mut d| d.next().is_some()).unwrap_or(to.exists());
@@ -60,7 +64,7 @@ pub(crate) fn rewrite(
         .prefix(".occult-")
         .tempdir_in(parent)
         .map_err(|e| ModelError::io("make a directory in", parent, e))?;
-    write_all(files, temporary.path(), options, orders)?;
+    write_all(files, temporary.path(), options, orders, progress)?;
     check(temporary.path())?;
     // Directories made for one user become readable like any other.
     #[cfg(unix)]
@@ -80,6 +84,7 @@ fn write_all(
     to: &Path,
     options: &ConvertOptions,
     orders: Option<&ExpertOrders>,
+    progress: &mut Progress<'_>,
 ) -> Result<()> {
     let checkpoint = files.checkpoint();
     let writer = Writer { files, dtype: options.dtype, orders };
@@ -110,7 +115,8 @@ fn write_all(
     }
     let same = options.layout == files.names().layout && options.dtype.is_none();
     let mut weight_map = BTreeMap::new();
-    let mut total = 0;
+    let total = shards.iter().flatten().map(|e| e.bytes as u64).sum();
+    let mut written = 0;
     for (source, entries) in checkpoint.shards.iter().zip(&mut shards) {
         sort(entries);
         if same {
@@ -119,9 +125,11 @@ fn write_all(
             entries.sort_by_key(|e| place.get(e.name.as_str()).copied().unwrap_or(usize::MAX));
         }
         let name = source.path.file_name().and_then(|n| n.to_str()).unwrap_or(SINGLE).to_owned();
-        write_file(&to.join(&name), source.metadata.as_deref(), entries)?;
+        write_file(&to.join(&name), source.metadata.as_deref(), entries, &mut |bytes| {
+            written += bytes;
+            progress(written, total);
+        })?;
         for e in entries.iter() {
-            total += e.bytes as u64;
             weight_map.insert(e.name.clone(), name.clone());
         }
     }

@@ -10,7 +10,9 @@ use crate::error::{ModelError, Result};
 pub struct Sampling {
     /// Logits are divided by it; 0 chooses the largest logit, the lowest id among equals.
     pub temperature: f32,
-    /// Tokens are drawn from the smallest set of the most probable ones whose probabilities reach this sum; 1 is all.
+    /// Tokens are drawn from this many of the most probable ones; 0 is all.
+    pub top_k: usize,
+    /// Of those, from the smallest set of the most probable ones whose probabilities reach this sum; 1 is all.
     pub top_p: f32,
     /// Where the random numbers start.
     pub seed: u64,
@@ -18,7 +20,7 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 0.0, top_p: 1.0, seed: 0 }
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 }
     }
 }
 
@@ -32,7 +34,7 @@ pub struct Sampler {
 impl Sampler {
     /// Errors when the temperature is negative or no number, or `top_p` is not in (0, 1].
     pub fn new(sampling: Sampling) -> Result<Self> {
-        let Sampling { temperature, top_p, seed } = sampling;
+        let Sampling { temperature, top_p, seed, .. } = sampling;
         if !(temperature.is_finite() && temperature >= 0.0) {
             return Err(ModelError::request(format!("temperature is {temperature}, expected 0 or more")));
         }
@@ -55,9 +57,15 @@ impl Sampler {
         let temperature = f64::from(self.sampling.temperature);
         let weight = |l: f32| (f64::from(l - max) / temperature).exp();
         let mut tokens: Vec<(f64, u32)> = logits.iter().zip(0..).map(|(&l, id)| (weight(l), id)).collect();
+        let few = self.sampling.top_k > 0 && self.sampling.top_k < tokens.len();
+        if few || self.sampling.top_p < 1.0 {
+            tokens.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        }
+        if few {
+            tokens.truncate(self.sampling.top_k);
+        }
         let mut total: f64 = tokens.iter().map(|t| t.0).sum();
         if self.sampling.top_p < 1.0 {
-            tokens.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
             let limit = f64::from(self.sampling.top_p) * total;
             let mut sum = 0.0;
             let mut kept = 0;
@@ -110,7 +118,7 @@ mod tests {
     #[test]
     fn frequencies_follow_the_tempered_probabilities() {
         let logits = [1.0f32, 0.0, -1.0];
-        let sampling = Sampling { temperature: 0.5, top_p: 1.0, seed: 7 };
+        let sampling = Sampling { temperature: 0.5, seed: 7, ..Sampling::default() };
         let weights: Vec<f64> = logits.iter().map(|&l| (f64::from(l) / 0.5).exp()).collect();
         let total: f64 = weights.iter().sum();
         let draws = 20_000;
@@ -123,16 +131,21 @@ mod tests {
     }
 
     #[test]
-    fn top_p_keeps_the_smallest_set_that_reaches_it() {
+    fn top_k_and_top_p_keep_the_most_probable_tokens() {
         // Probabilities 0.5, 0.3, 0.2.
         let logits = [0.2f32.ln(), 0.5f32.ln(), 0.3f32.ln()];
-        let kept = |top_p| {
-            let drawn = counts(Sampling { temperature: 1.0, top_p, seed: 1 }, &logits, 500);
+        let kept = |top_k, top_p| {
+            let drawn = counts(Sampling { temperature: 1.0, top_k, top_p, seed: 1 }, &logits, 500);
             drawn.iter().map(|&c| c > 0).collect::<Vec<_>>()
         };
-        assert_eq!(kept(0.4), [false, true, false]);
-        assert_eq!(kept(0.7), [false, true, true]);
-        assert_eq!(kept(1.0), [true, true, true]);
+        assert_eq!(kept(0, 0.4), [false, true, false]);
+        assert_eq!(kept(0, 0.7), [false, true, true]);
+        assert_eq!(kept(0, 1.0), [true, true, true]);
+        assert_eq!(kept(1, 1.0), [false, true, false]);
+        assert_eq!(kept(2, 1.0), [false, true, true]);
+        // The share is one of the two that are left: 0.5 of 0.8 is more than 0.6.
+        assert_eq!(kept(2, 0.6), [false, true, false]);
+        assert_eq!(kept(9, 1.0), [true, true, true]);
     }
 
     #[test]

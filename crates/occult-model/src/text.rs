@@ -102,6 +102,8 @@ impl TextTokenizer {
         let values = context! {
             messages => messages,
             add_generation_prompt => true,
+            tools => (),
+            documents => (),
             bos_token => &tokens["bos_token"],
             eos_token => &tokens["eos_token"],
         };

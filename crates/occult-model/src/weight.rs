@@ -184,12 +184,24 @@ impl Weight {
         Ok(Self { bytes: Arc::new(bytes), start: 0, dtype, shape, name: name.into(), file })
     }
 
-    /// The same values in another format; shares the bytes when it is the same.
+    /// The same values in another format; shares the bytes when it is the same. A number beyond the range of that format
+    /// is an error that names file and tensor.
     pub fn cast(&self, dtype: StoredDtype) -> Result<Self> {
         if dtype == self.dtype {
             return Ok(self.clone());
         }
-        let cast = Self::from_f32(&self.name, &self.to_f32(), self.shape.clone(), dtype)?;
+        let values = self.to_f32();
+        let cast = Self::from_f32(&self.name, &values, self.shape.clone(), dtype)?;
+        if let Some(from) = cast.values().first_not_finite() {
+            let mut rounded = vec![0.0; values.len() - from];
+            cast.values().widen(from, &mut rounded);
+            let lost = rounded.iter().zip(&values[from..]).position(|(r, v)| v.is_finite() && !r.is_finite());
+            if let Some(i) = lost {
+                let (at, value) = (from + i, values[from + i]);
+                let message = format!("value {at} is {value}, beyond the range of {}", dtype.name());
+                return Err(ModelError::bad(&*self.file, format!("tensor {}", self.name), message));
+            }
+        }
         Ok(Self { file: self.file.clone(), ..cast })
     }
 

@@ -32,12 +32,18 @@ fn logits(dir: &Path, case: &str) -> Vec<f32> {
     values(&load_dir(dir).forward(&batch, None, Logits::All, None).expect("logits"))
 }
 
+/// For those who do not watch.
+fn silent() -> impl FnMut(u64, u64) {
+    |_, _| {}
+}
+
 #[test]
 fn writing_back_is_byte_identical() {
     let temp = tempfile::tempdir().expect("temp");
     for case in CASES {
         let out = temp.path().join(case);
-        convert(&dir(case), &out, &ConvertOptions { layout: layout(case), dtype: None }).expect(case);
+        convert(&dir(case), &out, &ConvertOptions { layout: layout(case), dtype: None }, &mut silent())
+            .expect(case);
         let (got, want) = (contents(&out), model_files(case));
         assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>(), "{case}");
         for (name, bytes) in want {
@@ -54,8 +60,13 @@ fn fused_and_back_is_byte_identical() {
             continue;
         }
         let (fused, back) = (temp.path().join(format!("{case}-fused")), temp.path().join(case));
-        convert(&dir(case), &fused, &ConvertOptions { layout: ExpertLayout::Fused, dtype: None })
-            .expect(case);
+        convert(
+            &dir(case),
+            &fused,
+            &ConvertOptions { layout: ExpertLayout::Fused, dtype: None },
+            &mut silent(),
+        )
+        .expect(case);
         let names = ModelFiles::open(&fused, LoadOptions::default()).expect("fused");
         assert_eq!(names.names().layout, ExpertLayout::Fused);
         assert_eq!(
@@ -63,7 +74,7 @@ fn fused_and_back_is_byte_identical() {
             logits(&dir(case), case),
             "{case}: same values, same order of additions"
         );
-        convert(&fused, &back, &ConvertOptions::default()).expect(case);
+        convert(&fused, &back, &ConvertOptions::default(), &mut silent()).expect(case);
         let (got, want) = (contents(&back), model_files(case));
         for (name, bytes) in want.iter().filter(|(n, _)| n.ends_with(".safetensors")) {
             assert!(got[name] == *bytes, "{case}: {name} differs");
@@ -79,7 +90,7 @@ fn fused_and_back_is_byte_identical() {
 fn released_names_come_out_of_fused_ones() {
     let temp = tempfile::tempdir().expect("temp");
     let out = temp.path().join("out");
-    convert(&dir("mixtral-window-fused"), &out, &ConvertOptions::default()).expect("convert");
+    convert(&dir("mixtral-window-fused"), &out, &ConvertOptions::default(), &mut silent()).expect("convert");
     let files = ModelFiles::open(&out, LoadOptions::default()).expect("open");
     assert!(files.checkpoint().contains("model.layers.1.block_sparse_moe.experts.7.w2.weight"));
     assert!(!files.checkpoint().names().any(|n| n.contains("gate_up_proj")));
@@ -95,7 +106,7 @@ fn widening_to_f32_changes_no_logit_and_the_configuration_says_so() {
     for case in ["qwen2_moe-sharded-bf16", "mixtral-f16"] {
         let out = temp.path().join(case);
         let options = ConvertOptions { dtype: Some(StoredDtype::F32), ..ConvertOptions::default() };
-        convert(&dir(case), &out, &options).expect(case);
+        convert(&dir(case), &out, &options, &mut silent()).expect(case);
         assert!(difference(&logits(&out, case), &logits(&dir(case), case)) < 1e-6);
         let config = fs::read_to_string(out.join("config.json")).expect("config");
         assert!(config.contains("\"torch_dtype\": \"float32\""), "{config}");
@@ -107,7 +118,8 @@ fn loading_in_another_format_is_converting_and_loading() {
     let temp = tempfile::tempdir().expect("temp");
     let out = temp.path().join("out");
     let dtype = Some(StoredDtype::Bf16);
-    convert(&dir("olmoe"), &out, &ConvertOptions { dtype, ..ConvertOptions::default() }).expect("convert");
+    convert(&dir("olmoe"), &out, &ConvertOptions { dtype, ..ConvertOptions::default() }, &mut silent())
+        .expect("convert");
     let batch = Batch::new(&Reference::of("olmoe").sequences()).expect("batch");
     let model = ModelFiles::open(&dir("olmoe"), LoadOptions { dtype, threads: None }).and_then(|f| f.load()).expect("load");
     let got = values(&model.forward(&batch, None, Logits::All, None).expect("logits"));
@@ -119,7 +131,8 @@ fn loading_in_another_format_is_converting_and_loading() {
 fn an_existing_directory_is_not_touched() {
     let temp = tempfile::tempdir().expect("temp");
     fs::write(temp.path().join("precious"), "x").expect("write");
-    let error = convert(&dir("olmoe"), temp.path(), &ConvertOptions::default()).expect_err("exists");
+    let error =
+        convert(&dir("olmoe"), temp.path(), &ConvertOptions::default(), &mut silent()).expect_err("exists");
     assert!(error.to_string().contains("exists already"), "{error}");
     assert_eq!(contents(temp.path()).len(), 1);
 }
@@ -141,7 +154,7 @@ fn permuted_experts_give_the_same_logits_in_every_family() {
     for case in CASES.iter().filter(|c| !c.contains("groups")) {
         let out = temp.path().join(case);
         let sample: Vec<u32> = Reference::of(case).sequences().concat();
-        let report = permute(&dir(case), &strided(case, 4), &out, Some(&sample)).expect(case);
+        let report = permute(&dir(case), &strided(case, 4), &out, Some(&sample), &mut silent()).expect(case);
         assert!(report.logit_difference < 1e-5 && report.routing_changes == 0, "{case}: {report:?}");
         assert_eq!(report.checked_tokens, sample.len());
         assert_eq!(report.orders[0][..2], [0, 4], "rank 0 holds 0, 4, 8 ...");
@@ -156,8 +169,8 @@ fn permuted_experts_give_the_same_logits_in_every_family() {
 fn routing_groups_stay_together() {
     let case = "deepseek_v2-groups-bf16"; // 12 experts in 4 groups
     let temp = tempfile::tempdir().expect("temp");
-    let error =
-        permute(&dir(case), &strided(case, 4), &temp.path().join("a"), None).expect_err("splits groups");
+    let error = permute(&dir(case), &strided(case, 4), &temp.path().join("a"), None, &mut silent())
+        .expect_err("splits groups");
     assert!(error.to_string().contains("experts of a group must stay together"), "{error}");
     assert!(!temp.path().join("a").exists());
     let swap = LayerPlacement::from_rank_experts(4, &[[6u16, 7, 8], [9, 10, 11], [0, 1, 2], [3, 4, 5]]);
@@ -165,7 +178,8 @@ fn routing_groups_stay_together() {
     let swap = LayerPlacement::from_rank_experts(12, &[[6u16, 7, 8], [9, 10, 11], [0, 1, 2], [3, 4, 5]])
         .expect("whole groups");
     let placement = Placement::new(Topology::new(4, 1).expect("topology"), vec![swap; 2]).expect("placement");
-    let report = permute(&dir(case), &placement, &temp.path().join("b"), None).expect("whole groups move");
+    let report = permute(&dir(case), &placement, &temp.path().join("b"), None, &mut silent())
+        .expect("whole groups move");
     assert!(report.logit_difference < 1e-5, "{report:?}");
 }
 
@@ -176,7 +190,8 @@ fn uneven_or_replicated_placements_are_refused() {
     let refused = |layers: Vec<LayerPlacement>, word: &str| {
         let placement = Placement::new(Topology::new(layers[0].num_ranks(), 1).expect("topology"), layers)
             .expect("placement");
-        let error = permute(&dir("mixtral-f16"), &placement, &out, None).expect_err(word).to_string();
+        let error =
+            permute(&dir("mixtral-f16"), &placement, &out, None, &mut silent()).expect_err(word).to_string();
         assert!(error.contains(word), "{error}");
         assert!(!out.exists());
     };
@@ -188,4 +203,22 @@ fn uneven_or_replicated_placements_are_refused() {
     refused(vec![replicas; 2], "replicas");
     let even = LayerPlacement::from_rank_experts(8, &[[0u16, 1, 2, 3], [4, 5, 6, 7]]).expect("even");
     refused(vec![even], "1 layers of 8 experts, the model has 2 of 8");
+}
+
+#[test]
+fn progress_ends_at_the_bytes_of_all_weights() {
+    let temp = tempfile::tempdir().expect("temp");
+    let case = "qwen2_moe-sharded-bf16";
+    let files = ModelFiles::open(&dir(case), LoadOptions::default()).expect(case);
+    let total = files.checkpoint().total_bytes();
+    let mut seen = Vec::new();
+    let mut watch = |done, of| seen.push((done, of));
+    convert(&dir(case), &temp.path().join("a"), &ConvertOptions::default(), &mut watch).expect("convert");
+    permute(&dir(case), &strided(case, 4), &temp.path().join("b"), None, &mut watch).expect("permute");
+    let ends: Vec<usize> = (0..seen.len()).filter(|&i| seen[i] == (total, total)).collect();
+    assert_eq!(ends.len(), 2, "once each");
+    assert_eq!(ends[1], seen.len() - 1);
+    for part in [&seen[..=ends[0]], &seen[ends[0] + 1..]] {
+        assert!(part.len() > 10 && part.windows(2).all(|w| w[0].0 < w[1].0 && w[0].1 == total), "{part:?}");
+    }
 }

@@ -50,7 +50,7 @@ fn generation_stops_for_every_reason() {
     let caller =
         generate(&model, &greedy[..8], &GenerateOptions::default(), &mut |_| Ok(ControlFlow::Break(())));
     assert_eq!(caller.expect("text").stop, Stop::Caller);
-    let sampling = Sampling { temperature: 1.0, top_p: 0.9, seed: 5 };
+    let sampling = Sampling { temperature: 1.0, top_p: 0.9, seed: 5, ..Sampling::default() };
     let sampled = GenerateOptions { sampling, max_new_tokens: Some(20), ..GenerateOptions::default() };
     assert_eq!(run(&sampled), run(&sampled), "the same seed, the same text");
     let other = GenerateOptions { sampling: Sampling { seed: 6, ..sampling }, ..sampled.clone() };
@@ -79,6 +79,34 @@ fn chats_are_rendered_as_transformers_renders_them() {
     assert!(tokenizer.chat(&messages).expect_err("role").to_string().contains("no role critic"));
 }
 
+/// What the templates of released models do beyond the simplest: last turns first, namespaces, methods of Python's strings,
+/// tools that are not given, filters, leaving a loop.
+#[test]
+fn templates_of_released_models_can_be_written() {
+    let temp = tempfile::tempdir().expect("temp");
+    std::fs::copy(dir("olmoe").join("tokenizer.json"), temp.path().join("tokenizer.json")).expect("copy");
+    std::fs::copy(dir("olmoe").join("config.json"), temp.path().join("config.json")).expect("copy");
+    let template = r#"{%- if tools is not none and tools is defined %}{{- tools|tojson }}{%- endif %}
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages[::-1] %}
+    {%- if message.role == "user" and not message.content.startswith("<x>") %}
+        {%- set ns.last = (messages|length - 1) - loop.index0 %}
+        {%- break %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.content is string %}{%- set text = message.content.split("</t>")[-1].lstrip("\n") %}{%- endif %}
+    {{- "[" + message.role + ("!" if loop.index0 == ns.last else "") + "]" + text|trim }}
+{%- endfor %}
+{{- messages | selectattr("role", "equalto", "user") | list | length }}
+{%- if add_generation_prompt %}{{- "[assistant]" }}{%- endif %}"#;
+    std::fs::write(temp.path().join("chat_template.jinja"), template).expect("template");
+    let tokenizer = TextTokenizer::open(temp.path(), load("olmoe").spec()).expect("tokenizer");
+    let message = |role: &str, text: &str| Message { role: role.into(), content: text.into() };
+    let chat = [message("user", "a"), message("assistant", "<t>no</t>\nb "), message("user", "<x>c")];
+    assert_eq!(tokenizer.chat(&chat).expect("chat"), "[user!]a[assistant]b[user]<x>c2[assistant]");
+}
+
 #[test]
 fn generation_defaults_are_read() {
     let defaults = GenerationDefaults::read(&dir("olmoe")).expect("defaults");
@@ -87,6 +115,7 @@ fn generation_defaults_are_read() {
         eos_ids: vec![2],
         do_sample: true,
         temperature: Some(0.7),
+        top_k: None,
         top_p: Some(0.9),
     };
     assert_eq!(defaults, want);

@@ -11,9 +11,9 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     let files = ModelFiles::open(&args.model, LoadOptions::default())?;
     let layout = args.layout.map_or(files.names().layout, |l| l.expert_layout());
     let options = ConvertOptions { layout, dtype: args.dtype.map(|d| d.stored()) };
-    let spinner = progress::spinner(&format!("writing {}", args.output.display()));
-    let result = occult_model::convert(&args.model, &args.output, &options);
-    spinner.finish_and_clear();
+    let bar = progress::bytes(&format!("writing {}", args.output.display()));
+    let result = occult_model::convert(&args.model, &args.output, &options, &mut progress::follow(&bar));
+    bar.finish_and_clear();
     result?;
     let written = ModelFiles::open(&args.output, LoadOptions::default())?;
     let (bytes, shards) = (written.checkpoint().total_bytes(), written.checkpoint().num_shards());

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use occult_model::eval::{ChoiceItem, ChoiceScores, Perplexity, perplexity, read_items, score_item};
 use occult_model::hf::GenerationDefaults;
 use occult_model::{Decoder, TextTokenizer};
@@ -24,6 +24,12 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
     let prefix = defaults.bos_id.or(defaults.eos_ids.first().copied());
     let questions = args.tasks.iter().map(|path| Ok((path.as_path(), read_items(path)?)));
     let questions = questions.collect::<Result<Vec<_>>>()?;
+    let mut sequences = Vec::with_capacity(args.ids.len());
+    for path in &args.ids {
+        let ids = inputs::ids(path)?;
+        model::check_ids(&ids, &spec, usize::MAX).with_context(|| path.display().to_string())?;
+        sequences.push((path.as_path(), ids));
+    }
     let decoder = model::load(&args.load)?;
 
     let mut texts: Vec<(&Path, Perplexity)> = Vec::new();
@@ -34,20 +40,22 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         let ids = inputs::text(path, tokenizer, args.max_tokens)?;
         let score =
             perplexity(&decoder, &ids, prefix, window, None).with_context(|| path.display().to_string())?;
+        scored(path, &score)?;
         total.add(&score);
         texts.push((path, score));
         bar.inc(1);
     }
-    for path in &args.ids {
+    for (path, sequences) in &sequences {
         let mut score = Perplexity::default();
         let mut left = args.max_tokens.unwrap_or(usize::MAX);
-        for ids in inputs::ids(path)? {
+        for ids in sequences {
             let ids = &ids[..ids.len().min(left)];
             left -= ids.len();
             let part =
                 perplexity(&decoder, ids, None, window, None).with_context(|| path.display().to_string())?;
             score.add(&part);
         }
+        scored(path, &score)?;
         total.add(&score);
         texts.push((path, score));
         bar.inc(1);
@@ -92,6 +100,14 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         out.push_str(&table.render());
     }
     print(&out)
+}
+
+/// A text of one token, with nothing before it, has no perplexity.
+fn scored(path: &Path, score: &Perplexity) -> Result<()> {
+    if score.tokens == 0 {
+        bail!("{}: has no token with another one before it: there is nothing to score", path.display());
+    }
+    Ok(())
 }
 
 fn choices(

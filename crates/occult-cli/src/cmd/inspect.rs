@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use occult_model::hf::{ExpertLayout, Role};
+use occult_model::hf::{ExpertLayout, ParameterCounts};
 use occult_model::spec::AttentionSpec;
 use occult_model::{LoadOptions, ModelFiles};
 use serde_json::{Value, json};
@@ -26,15 +26,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<()> {
 fn model(dir: &Path, as_json: bool) -> Result<()> {
     let files = ModelFiles::open(dir, LoadOptions::default())?;
     let (spec, checkpoint, router) = (files.spec(), files.checkpoint(), files.spec().moe.router);
-    let (mut routed, mut other) = (0u64, 0u64);
-    for tensor in files.names().tensors(spec) {
-        let size = tensor.shape.iter().map(|&n| n as u64).product::<u64>();
-        match tensor.role {
-            Role::Other | Role::Router { .. } => other += size,
-            _ => routed += size,
-        }
-    }
-    let active = other + routed / router.num_experts.max(1) as u64 * router.top_k as u64;
+    let counts = ParameterCounts::of(spec);
     let attention = match &spec.attention {
         AttentionSpec::Grouped(a) => {
             format!("{} heads of {}, {} key/value heads", a.num_heads, a.head_dim, a.num_kv_heads)
@@ -57,8 +49,8 @@ fn model(dir: &Path, as_json: bool) -> Result<()> {
         ("vocab_size", json!(spec.vocab_size)),
         ("context", json!(spec.context_len)),
         ("attention", json!(attention)),
-        ("parameters", json!(other + routed)),
-        ("active_parameters", json!(active)),
+        ("parameters", json!(counts.total)),
+        ("active_parameters", json!(counts.active)),
         ("weight_bytes", json!(checkpoint.total_bytes())),
         ("weight_files", json!(checkpoint.num_shards())),
         ("expert_layout", json!(layout)),

@@ -5,7 +5,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 
 use anyhow::{Context, Result, bail};
 use occult_formats::write_atomic_with;
-use occult_model::{Batch, Decoder, Logits, PREFILL_CHUNK, RoutingRecord};
+use occult_model::{Decoder, Logits, ModelError, ModelSpec, Pass, RoutingRecord, for_each_pass};
 use serde_json::json;
 
 use crate::model_args::LogitsArgs;
@@ -16,10 +16,12 @@ use crate::{inputs, model, progress};
 const MAX_POSITIONS: usize = 1 << 26;
 
 pub(super) fn run(args: &LogitsArgs) -> Result<()> {
+    // What can be wrong without the weights is found before they are read.
     let sequences = inputs::ids(&args.ids)?;
+    let spec = occult_model::hf::read_spec(&args.load.model)?;
+    let shape = Shape::of(&sequences, &spec).with_context(|| args.ids.display().to_string())?;
     let decoder = model::load(&args.load)?;
-    let shape = Shape::of(&sequences, &decoder).with_context(|| args.ids.display().to_string())?;
-    write_atomic_with(&args.out, |file| write(file, &sequences, &decoder, &shape))
+    write_atomic_with(&args.out, |file| write(file, &sequences, &decoder, &shape, args.batch_tokens))
         .with_context(|| format!("computing {}", args.out.display()))?;
     let Shape { batch, len, vocab, layers, top_k } = shape;
     print(&format!(
@@ -38,16 +40,8 @@ struct Shape {
 }
 
 impl Shape {
-    fn of(sequences: &[Vec<u32>], decoder: &Decoder) -> Result<Self> {
-        let spec = decoder.spec();
-        for (i, s) in sequences.iter().enumerate() {
-            if s.len() > spec.context_len {
-                bail!("sequence {i} has {} tokens, the model's context is {}", s.len(), spec.context_len);
-            }
-            if let Some(id) = s.iter().find(|&&id| id as usize >= spec.vocab_size) {
-                bail!("sequence {i} has token id {id}, the model's vocabulary has {}", spec.vocab_size);
-            }
-        }
+    fn of(sequences: &[Vec<u32>], spec: &ModelSpec) -> Result<Self> {
+        model::check_ids(sequences, spec, spec.context_len)?;
         let (batch, len) = (sequences.len(), sequences.iter().map(Vec::len).max().unwrap_or(0));
         if batch.saturating_mul(len) > MAX_POSITIONS {
             bail!("{batch} sequences of up to {len} tokens are more than {MAX_POSITIONS} positions");
@@ -58,7 +52,13 @@ impl Shape {
 }
 
 /// `expert_ids` stands first, so that both tensors are aligned, and is known last: logits go straight to the file.
-fn write(file: &mut File, sequences: &[Vec<u32>], decoder: &Decoder, shape: &Shape) -> Result<()> {
+fn write(
+    file: &mut File,
+    sequences: &[Vec<u32>],
+    decoder: &Decoder,
+    shape: &Shape,
+    rows: usize,
+) -> Result<()> {
     let &Shape { batch, len, vocab, layers, top_k } = shape;
     let (ids_bytes, logits_bytes) = (8 * layers * batch * len * top_k, 4 * batch * len * vocab);
     let header = json!({
@@ -74,25 +74,44 @@ fn write(file: &mut File, sequences: &[Vec<u32>], decoder: &Decoder, shape: &Sha
     out.write_all(&header)?;
     let data = out.stream_position()?;
     out.seek(SeekFrom::Start(data + ids_bytes as u64))?;
-    for (b, sequence) in sequences.iter().enumerate() {
-        let mut at = len - sequence.len();
-        write_f32(&mut out, &vec![0.0; at * vocab])?;
-        let mut cache = decoder.new_cache();
-        for chunk in sequence.chunks(PREFILL_CHUNK) {
-            let mut observe = |r: &RoutingRecord<'_>| {
-                let from = ((r.moe_layer * batch + b) * len + at) * top_k;
-                for (to, &id) in expert_ids[from..].iter_mut().zip(&r.routing.expert_ids) {
-                    *to = id.into();
-                }
-                Ok(())
-            };
-            let logits =
-                decoder.forward(&Batch::single(chunk)?, Some(&mut cache), Logits::All, Some(&mut observe))?;
-            write_f32(&mut out, &logits.flatten_all()?.to_vec1()?)?;
-            at += chunk.len();
-            bar.inc(chunk.len() as u64);
+    // Where a pass' positions stand in the result: sequences are aligned at the end.
+    let first = |pass: &Pass| {
+        let longest = sequences[pass.sequences.clone()].iter().map(Vec::len).max().unwrap_or(0);
+        len - longest + pass.positions.start
+    };
+    let mut observe = |pass: &Pass, r: &RoutingRecord<'_>| {
+        let (at, t) = (first(pass), pass.positions.len());
+        for (b, rows) in pass.sequences.clone().zip(r.routing.expert_ids.chunks_exact(t * top_k)) {
+            let skip = (len - sequences[b].len()).saturating_sub(at) * top_k;
+            let from = ((r.moe_layer * batch + b) * len + at) * top_k + skip;
+            for (to, &id) in expert_ids[from..].iter_mut().zip(&rows[skip..]) {
+                *to = id.into();
+            }
         }
+        Ok(())
+    };
+    let mut failed = None;
+    let result =
+        for_each_pass(decoder, sequences, rows, Logits::All, Some(&mut observe), &mut |pass, logits| {
+            let (at, t) = (first(pass), pass.positions.len());
+            for (b, rows) in pass.sequences.clone().zip(logits.chunks_exact(t * vocab)) {
+                let padding = len - sequences[b].len();
+                if pass.positions.start == 0 {
+                    failed = write_f32(&mut out, &vec![0.0; padding * vocab]).err();
+                }
+                let skip = padding.saturating_sub(at) * vocab;
+                failed = failed.take().or(write_f32(&mut out, &rows[skip..]).err());
+                bar.inc((t - skip / vocab) as u64);
+            }
+            match failed {
+                Some(_) => Err(ModelError::request("writing failed")),
+                None => Ok(()),
+            }
+        });
+    if let Some(error) = failed {
+        return Err(error.into());
     }
+    result?;
     bar.finish_and_clear();
     out.seek(SeekFrom::Start(data))?;
     for id in &expert_ids {

@@ -15,10 +15,20 @@ pub(super) fn run(args: &PermuteArgs) -> Result<()> {
     let meta = model::profile_meta(files.spec(), model::name(&args.model));
     file.check_against(&meta).with_context(|| args.placement.display().to_string())?;
     let sample = args.ids.as_deref().map(inputs::ids).transpose()?;
+    if let (Some(path), Some(sequences)) = (&args.ids, &sample) {
+        let (spec, first) = (files.spec(), &sequences[..1]);
+        model::check_ids(first, spec, spec.context_len).with_context(|| path.display().to_string())?;
+    }
     let sample = sample.as_ref().and_then(|s| s.first()).map(Vec::as_slice);
-    let spinner = progress::spinner(&format!("writing and checking {}", args.output.display()));
-    let report = occult_model::permute(&args.model, &file.placement, &args.output, sample);
-    spinner.finish_and_clear();
+    let bar = progress::bytes("logits before");
+    bar.enable_steady_tick(std::time::Duration::from_secs(1));
+    let mut follow = progress::follow(&bar);
+    let report =
+        occult_model::permute(&args.model, &file.placement, &args.output, sample, &mut |done, total| {
+            bar.set_message(if done < total { "writing" } else { "logits after" });
+            follow(done, total);
+        });
+    bar.finish_and_clear();
     let PermuteReport { checked_tokens, logit_difference, routing_changes, .. } = report?;
     if args.json {
         return print_json(&json!({

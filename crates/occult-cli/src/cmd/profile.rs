@@ -1,11 +1,11 @@
 //! `occult profile`
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use occult_formats::{FormatError, ProfileMeta, ProfileWriter, Source};
-use occult_model::{Decoder, ModelError, RoutingRecord, prefill};
+use occult_model::{Decoder, Logits, ModelError, Pass, RoutingRecord, for_each_pass};
 use serde_json::json;
 
 use crate::model_args::ProfileArgs;
@@ -17,9 +17,6 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
     let spec = &occult_model::hf::read_spec(&args.load.model)?;
     let window = model::window(args.context, spec)?;
     let max = args.max_tokens.unwrap_or(usize::MAX);
-    if max == 0 {
-        bail!("--max-tokens is 0: there would be nothing to record");
-    }
     let tokenizer = match args.text[..] {
         [] => None,
         _ => Some(model::tokenizer(&args.load.model, spec)?),
@@ -45,8 +42,10 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
         notes,
     };
     let meta = ProfileMeta { source, domains: domains.clone(), ..model::profile_meta(spec, name) };
-    let mut recorder =
-        Recorder { writer: ProfileWriter::create(&args.output, meta)?, domain: 0, error: None };
+    let mut recorder = match args.no_record {
+        true => None,
+        false => Some(Recorder::new(ProfileWriter::create(&args.output, meta)?)),
+    };
     let decoder = model::load(&args.load)?;
 
     let bar = progress::bar(0, "tokens");
@@ -56,28 +55,38 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
             Some(tokenizer) if is_text => vec![inputs::text(path, tokenizer, args.max_tokens)?],
             _ => inputs::ids(path)?,
         };
-        recorder.domain = domains.iter().position(|d| *d == stem(path)).unwrap_or(0) as u16;
         let mut left = max;
-        bar.inc_length(sequences.iter().map(Vec::len).sum::<usize>().min(left) as u64);
+        let mut windows: Vec<&[u32]> = Vec::new();
         for sequence in &sequences {
             let sequence = &sequence[..sequence.len().min(left)];
             left -= sequence.len();
-            for ids in sequence.chunks(window) {
-                recorder.run(&decoder, ids).with_context(|| path.display().to_string())?;
-                tokens += ids.len();
-                bar.inc(ids.len() as u64);
-            }
+            windows.extend(sequence.chunks(window));
         }
+        bar.inc_length(windows.iter().map(|w| w.len() as u64).sum());
+        let domain = domains.iter().position(|d| *d == stem(path)).unwrap_or(0) as u16;
+        let mut done = |n: usize| {
+            tokens += n;
+            bar.inc(n as u64);
+        };
+        run_windows(&decoder, &windows, args.batch_tokens, recorder.as_mut().map(|r| (r, domain)), &mut done)
+            .with_context(|| path.display().to_string())?;
     }
+    let (meta, recording) = match recorder {
+        Some(recorder) => recorder.finish().map(|(meta, spent)| (Some(meta), spent.as_secs_f64()))?,
+        None => (None, 0.0),
+    };
     let seconds = start.elapsed().as_secs_f64();
-    let meta = recorder.writer.finish()?;
     bar.finish_and_clear();
     let rate = tokens as f64 / seconds.max(1e-9);
     if args.json {
         return print_json(&json!({
-            "output": args.output, "meta": meta, "tokens": tokens, "seconds": seconds, "tokens_per_second": rate,
+            "output": args.output, "meta": meta, "tokens": tokens, "seconds": seconds,
+            "recording_seconds": recording, "tokens_per_second": rate,
         }));
     }
+    let Some(meta) = meta else {
+        return print(&format!("{tokens} tokens without recording ({rate:.0} tokens/s)\n"));
+    };
     print(&format!(
         "{}: {tokens} tokens of {} domain{} through {} MoE layers of {} experts, top-{}, with weights and router logits \
          ({rate:.0} tokens/s)\n",
@@ -90,6 +99,30 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
     ))
 }
 
+/// Feeds windows of one file, tokens that see each other, in passes of at most `rows` rows.
+fn run_windows(
+    decoder: &Decoder,
+    windows: &[&[u32]],
+    rows: usize,
+    recorder: Option<(&mut Recorder, u16)>,
+    done: &mut dyn FnMut(usize),
+) -> Result<()> {
+    let mut each = |pass: &Pass, _: &[f32]| {
+        let fed = |w: &&[u32]| w.len().min(pass.positions.end) - pass.positions.start;
+        done(windows[pass.sequences.clone()].iter().map(fed).sum());
+        Ok(())
+    };
+    let Some((recorder, domain)) = recorder else {
+        return Ok(for_each_pass(decoder, windows, rows, Logits::Last, None, &mut each)?);
+    };
+    let mut observe = |_: &Pass, r: &RoutingRecord<'_>| recorder.record(r, domain);
+    let result = for_each_pass(decoder, windows, rows, Logits::Last, Some(&mut observe), &mut each);
+    match recorder.error.take() {
+        Some(error) => Err(error.into()),
+        None => Ok(result?),
+    }
+}
+
 /// Name of the domain of a file.
 fn stem(path: &Path) -> String {
     path.file_stem().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
@@ -98,27 +131,37 @@ fn stem(path: &Path) -> String {
 /// Writes what the routers decide to the profile, while the model runs.
 struct Recorder {
     writer: ProfileWriter,
-    domain: u16,
+    /// The domain of every row of a pass, the same number over and over.
+    domains: Vec<u16>,
+    /// Time that went into recording.
+    spent: Duration,
     /// What went wrong in the writer, which the model cannot carry.
     error: Option<FormatError>,
 }
 
 impl Recorder {
-    /// One window: tokens that see each other.
-    fn run(&mut self, decoder: &Decoder, ids: &[u32]) -> Result<()> {
-        let mut observe = |r: &RoutingRecord<'_>| {
-            let routing = r.tokens();
-            let domains = vec![self.domain; routing.num_tokens()];
-            self.writer.append(r.moe_layer, &routing.view()?, Some(&domains)).map_err(|e| {
-                self.error = Some(e);
-                ModelError::request("recording failed")
-            })
-        };
-        let result = prefill(decoder, ids, &mut decoder.new_cache(), Some(&mut observe));
-        if let Some(error) = self.error.take() {
-            return Err(error.into());
-        }
-        result?;
+    fn new(writer: ProfileWriter) -> Self {
+        Self { writer, domains: Vec::new(), spent: Duration::ZERO, error: None }
+    }
+
+    /// One layer of one pass.
+    fn record(&mut self, r: &RoutingRecord<'_>, domain: u16) -> occult_model::Result<()> {
+        let start = Instant::now();
+        let routing = r.tokens();
+        self.domains.clear();
+        self.domains.resize(routing.num_tokens(), domain);
+        self.writer.append(r.moe_layer, &routing.view()?, Some(&self.domains)).map_err(|e| {
+            self.error = Some(e);
+            ModelError::request("recording failed")
+        })?;
+        self.spent += start.elapsed();
         Ok(())
+    }
+
+    /// The file under its name, and the time that recording took in all.
+    fn finish(self) -> Result<(ProfileMeta, Duration)> {
+        let start = Instant::now();
+        let meta = self.writer.finish()?;
+        Ok((meta, self.spent + start.elapsed()))
     }
 }

@@ -1,10 +1,10 @@
 //! Perplexity of a text in windows.
 
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, Logits};
 use crate::error::{ModelError, Result};
 use crate::eval::log_prob;
-use crate::generate::all_logits;
-use crate::moe::RoutingObserver;
+use crate::generate::PREFILL_CHUNK;
+use crate::passes::{PassObserver, for_each_pass};
 
 /// Sums over the scored tokens; texts add up.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -29,14 +29,14 @@ impl Perplexity {
 }
 
 /// Scores every token of a text once, in windows of `window` inputs that do not overlap: the "rolling" rule of
-/// lm-evaluation-harness, which encodes with the tokenizer's special tokens. The first token is conditioned on `prefix` (a begin-of-text id) and is not scored without one;
-/// the last window is filled up with the tokens before it.
+/// lm-evaluation-harness, which encodes with the tokenizer's special tokens. The first token is conditioned on `prefix` (a begin-of-text id)
+/// and is not scored without one; the last window is filled up with the tokens before it.
 pub fn perplexity(
     model: &Decoder,
     ids: &[u32],
     prefix: Option<u32>,
     window: usize,
-    mut observer: Option<&mut dyn RoutingObserver>,
+    observe: Option<&mut PassObserver<'_>>,
 ) -> Result<Perplexity> {
     if window == 0 || window > model.spec().context_len {
         let message =
@@ -45,28 +45,29 @@ pub fn perplexity(
     }
     let text: Vec<u32> = prefix.into_iter().chain(ids.iter().copied()).collect();
     let vocab = model.spec().vocab_size;
-    let mut result = Perplexity::default();
-    // `text[from + 1 ..= to]` is predicted from inputs that end at `text[to - 1]`.
+    // Window `from..to`: `text[from + 1 ..= to]` is predicted from inputs that end at `text[to - 1]`.
+    let mut windows = Vec::new();
     let mut from = 0;
     while from + 1 < text.len() {
         let to = (from + window).min(text.len() - 1);
-        let start = to.saturating_sub(window);
-        let observer: Option<&mut dyn RoutingObserver> = match &mut observer {
-            Some(o) => Some(&mut **o),
-            None => None,
-        };
-        let targets = &text[start + 1..=to];
-        all_logits(model, &text[start..to], observer, &mut |first, logits| {
-            for (i, row) in logits.chunks_exact(vocab).enumerate() {
+        windows.push((from, to.saturating_sub(window), to));
+        from = to;
+    }
+    let inputs: Vec<&[u32]> = windows.iter().map(|&(_, start, to)| &text[start..to]).collect();
+    let mut result = Perplexity::default();
+    for_each_pass(model, &inputs, PREFILL_CHUNK, Logits::All, observe, &mut |pass, logits| {
+        for (i, rows) in pass.sequences.clone().zip(logits.chunks_exact(pass.positions.len() * vocab)) {
+            let (from, start, to) = windows[i];
+            // Only the first window can be shorter than others, and then it is the only one: nothing is padded.
+            for (at, row) in (start + pass.positions.start..to).zip(rows.chunks_exact(vocab)) {
                 // The inputs before `from` only fill the window.
-                if first + i >= from - start {
-                    result.nll -= log_prob(row, targets[first + i]);
+                if at >= from {
+                    result.nll -= log_prob(row, text[at + 1]);
                     result.tokens += 1;
                 }
             }
-            Ok(())
-        })?;
-        from = to;
-    }
+        }
+        Ok(())
+    })?;
     Ok(result)
 }

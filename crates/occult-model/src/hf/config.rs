@@ -114,8 +114,6 @@ fn attention(keys: &Keys, family: Family, c: &Common) -> Result<(AttentionSpec, 
     };
     let head_dim = match explicit {
         Some(d) => d,
-        // The released code of Qwen3 defaults to 128 and always writes it.
-        None if family == Family::Qwen3Moe => 128,
         None if !c.hidden.is_multiple_of(c.heads) => {
             let message = format!("is {}, not a multiple of the {} attention heads", c.hidden, c.heads);
             return Err(keys.bad("hidden_size", message));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::config::CONFIG;
-use super::keys::Keys;
+use super::keys::{Keys, MAX_SIZE};
 use crate::error::Result;
 
 /// Defaults that come with a model. Values of `generation_config.json` go before those of `config.json`.
@@ -17,6 +17,8 @@ pub struct GenerationDefaults {
     pub do_sample: bool,
     /// Their temperature.
     pub temperature: Option<f32>,
+    /// From how many tokens they draw; `Some(0)` and `None` are all.
+    pub top_k: Option<usize>,
     /// Their nucleus.
     pub top_p: Option<f32>,
 }
@@ -41,6 +43,7 @@ impl GenerationDefaults {
         if let Some(keys) = &own {
             defaults.do_sample = keys.bool("do_sample", false)?;
             defaults.temperature = keys.f64_opt("temperature")?.map(|t| t as f32);
+            defaults.top_k = keys.usize_opt("top_k", 0, MAX_SIZE)?;
             defaults.top_p = keys.f64_opt("top_p")?.map(|p| p as f32);
         }
         Ok(defaults)

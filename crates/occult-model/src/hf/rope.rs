@@ -21,17 +21,17 @@ pub(super) fn rope(keys: &Keys, family: Family, dim: usize) -> Result<RopeSpec> 
         Some(block) => Some(block),
         None => keys.object("rope_scaling")?,
     };
-    let Some(block) = block else {
-        return Ok(RopeSpec { dim, theta, interleaved, scaling: RopeScaling::None });
-    };
-    let theta = block.positive("rope_theta", Some(theta))?;
-    for holder in [keys, &block] {
+    for holder in [Some(keys), block.as_ref()].into_iter().flatten() {
         if let Some(part) = holder.f64_opt("partial_rotary_factor")?
             && part != 1.0
         {
             return Err(holder.unsupported("partial_rotary_factor", part, "1"));
         }
     }
+    let Some(block) = block else {
+        return Ok(RopeSpec { dim, theta, interleaved, scaling: RopeScaling::None });
+    };
+    let theta = block.positive("rope_theta", Some(theta))?;
     let key = if block.get("rope_type").is_some() { "rope_type" } else { "type" };
     let scaling = match block.str_opt(key)?.unwrap_or("default") {
         "default" => RopeScaling::None,

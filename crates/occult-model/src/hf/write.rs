@@ -13,6 +13,9 @@ use serde_json::{Value, json};
 use crate::error::{ModelError, Result};
 use crate::weight::{StoredDtype, Weight};
 
+/// Bytes between two words about progress.
+const PIECE: usize = 8 << 20;
+
 /// A piece of a tensor's bytes.
 #[derive(Debug, Clone)]
 pub(crate) enum Part {
@@ -41,7 +44,7 @@ impl Entry {
         Self { name, dtype: dtype.safetensors(), stored: Some(dtype), shape, bytes, parts }
     }
 
-    fn write(&self, path: &Path, out: &mut impl Write) -> Result<()> {
+    fn write(&self, path: &Path, out: &mut impl Write, wrote: &mut dyn FnMut(u64)) -> Result<()> {
         let failed = |e| ModelError::io("write", path, e);
         let mut written = 0;
         for part in &self.parts {
@@ -54,7 +57,10 @@ impl Entry {
                 }
                 (Part::Values(w), _) => w.bytes(),
             };
-            out.write_all(bytes).map_err(failed)?;
+            for piece in bytes.chunks(PIECE) {
+                out.write_all(piece).map_err(failed)?;
+                wrote(piece.len() as u64);
+            }
             written += bytes.len();
         }
         if written != self.bytes {
@@ -71,8 +77,13 @@ pub(crate) fn sort(entries: &mut [Entry]) {
 }
 
 /// Writes one file, tensors in the given order, byte for byte as the safetensors library lays it out. `metadata` is the
-/// text of the `__metadata__` object.
-pub(crate) fn write_file(path: &Path, metadata: Option<&str>, entries: &[Entry]) -> Result<()> {
+/// text of the `__metadata__` object. `wrote` is told of every piece of data that is written.
+pub(crate) fn write_file(
+    path: &Path,
+    metadata: Option<&str>,
+    entries: &[Entry],
+    wrote: &mut dyn FnMut(u64),
+) -> Result<()> {
     let mut header = String::from("{");
     if let Some(metadata) = metadata {
         header.push_str(&format!("\"__metadata__\":{metadata},"));
@@ -101,7 +112,7 @@ pub(crate) fn write_file(path: &Path, metadata: Option<&str>, entries: &[Entry])
     out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
     out.write_all(header.as_bytes()).map_err(failed)?;
     for e in entries {
-        e.write(path, &mut out)?;
+        e.write(path, &mut out, wrote)?;
     }
     out.into_inner().map_err(|e| failed(e.into_error()))?.sync_all().map_err(failed)
 }

@@ -46,9 +46,9 @@ impl GroupedAttention {
         }
         let q = rotation.apply(&q.transpose(1, 2)?)?;
         let k = rotation.apply(&k.transpose(1, 2)?)?;
-        let (k, v) = match cache {
-            Some(cache) => cache.append(&k, &v)?,
-            None => (k, v),
+        let [k, v] = match cache {
+            Some(cache) => cache.append([&k, &v])?,
+            None => [k, v],
         };
         let shape = view.shape(1.0 / (s.head_dim as f64).sqrt());
         self.out.forward(&ops::attention(&self.threads, &q, &k, &v, &shape)?)

@@ -64,7 +64,7 @@ impl ModelParameters {
             }
         }
         sort(&mut entries);
-        write_file(&to.join(SINGLE), Some("{\"format\":\"pt\"}"), &entries)
+        write_file(&to.join(SINGLE), Some("{\"format\":\"pt\"}"), &entries, &mut |_| {})
     }
 
     /// The values of a parameter.
