@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use occult_formats::{ProfileMeta, RouterInfo, Scoring};
-use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, TextTokenizer};
+use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, TextTokenizer, Threads};
 
 use crate::model_args::LoadArgs;
 use crate::progress;
@@ -14,16 +14,22 @@ const WINDOW: usize = 2048;
 
 /// Loads a model with all experts in this process.
 pub(crate) fn load(args: &LoadArgs) -> Result<Decoder> {
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        pool.build_global().context("cannot start worker threads")?;
-    }
-    let options = LoadOptions { dtype: args.dtype.map(|d| d.stored()) };
+    let options = LoadOptions { dtype: args.dtype.map(|d| d.stored()), threads: args.threads.map(Threads::new) };
     let files = ModelFiles::open(&args.model, options)?;
     let spinner = progress::spinner(&format!("loading {}", args.model.display()));
     let decoder = files.load();
     spinner.finish_and_clear();
     Ok(decoder?)
+}
+
+/// Bytes of a weight as it is held, on average.
+pub(crate) fn bytes_per_value(args: &LoadArgs) -> Result<f64> {
+    if let Some(dtype) = args.dtype {
+        return Ok(dtype.stored().bytes() as f64);
+    }
+    let files = ModelFiles::open(&args.model, LoadOptions::default())?;
+    let values = occult_model::hf::ParameterCounts::of(files.spec()).total;
+    Ok(files.checkpoint().total_bytes() as f64 / values.max(1) as f64)
 }
 
 /// The tokenizer of a model directory.

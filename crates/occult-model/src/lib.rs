@@ -37,16 +37,18 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod batch;
+mod build;
 mod decoder;
 pub mod error;
 pub mod eval;
 mod generate;
 pub mod hf;
 mod kv_cache;
+mod layer;
 mod layers;
 mod load;
-mod mask;
 mod moe;
+mod parameters;
 mod passes;
 mod permute;
 mod rewrite;
@@ -54,6 +56,7 @@ mod sample;
 pub mod spec;
 #[cfg(feature = "tokenizer")]
 mod text;
+mod train;
 mod weight;
 
 pub use batch::Batch;
@@ -63,7 +66,11 @@ pub use generate::{GenerateOptions, Generated, PREFILL_CHUNK, Stop, check_prompt
 pub use kv_cache::KvCache;
 pub use layers::{Linear, Mlp};
 pub use load::{LoadOptions, MakeMoeLayer, ModelFiles};
-pub use moe::{ExpertWeights, LocalExperts, MoeLayer, Router, RoutingObserver, RoutingRecord};
+pub use moe::{
+    ExpertWeights, LocalExperts, MoeLayer, MoeOutput, Router, RoutingObserver, RoutingRecord, Shared, StackedExperts,
+};
+pub use occult_kernels::Threads;
+pub use parameters::{Gradient, ModelParameters, Parameter, ParameterKind};
 pub use passes::{PASS_ROWS, Pass, PassObserver, for_each_pass, passes};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use rewrite::{ConvertOptions, Progress, convert};
@@ -71,4 +78,5 @@ pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};
 #[cfg(feature = "tokenizer")]
 pub use text::{Message, TextTokenizer};
+pub use train::{IGNORE, TrainBatch, TrainOptions, TrainOutput};
 pub use weight::{StoredDtype, Values, Weight};

@@ -7,6 +7,7 @@ mod keys;
 mod names;
 mod rope;
 mod shard;
+mod training;
 pub(crate) mod write;
 
 pub use checkpoint::Checkpoint;
@@ -15,3 +16,4 @@ pub(crate) use config::CONFIG;
 pub use config::read_spec;
 pub use generation::GenerationDefaults;
 pub use names::{ExpertLayout, Matrix, Names, ParameterCounts, Role, TensorInfo};
+pub use training::{BalanceLoss, TrainingDefaults};

@@ -1,0 +1,254 @@
+//! One process's end of the wire: the engine behind a lock, polled by who waits and by a helper when nobody does.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+use super::engine::Engine;
+use super::wire::WireResult;
+use crate::letter::{Address, Letter};
+use crate::mailbox::{Failure, Mailbox};
+use crate::post::Post;
+use crate::{CommError, Result};
+
+/// Polls of a wait that only yield, before it begins to sleep: messages of a few microseconds are met awake.
+const AWAKE_ROUNDS: u32 = 30;
+/// First and longest sleep between polls. The kernel adds about 60 us.
+const SLEEPS: (Duration, Duration) = (Duration::from_micros(5), Duration::from_micros(300));
+/// How often the helper polls while data move that nobody waits for.
+const HELPER_PERIOD: Duration = Duration::from_micros(400);
+/// How long the helper stays awake after the last activity.
+const HELPER_LINGER: Duration = Duration::from_millis(50);
+/// How long a failing rank itself pushes the news out.
+const ABORT_PUSH: Duration = Duration::from_millis(200);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct MpiPost {
+    rank: usize,
+    limit: Duration,
+    /// `None` when MPI is finished.
+    engine: Mutex<Option<Engine>>,
+    mailbox: Mailbox,
+    /// Operations begun and not ended.
+    open: AtomicUsize,
+    /// Calls of `pause` under way: who waits polls himself.
+    waiting: AtomicUsize,
+    busy: AtomicBool,
+    helper: OnceLock<Thread>,
+    helper_asleep: AtomicBool,
+    stop: AtomicBool,
+    /// Set when the launcher asks the process to end.
+    stopped: Arc<AtomicBool>,
+}
+
+impl MpiPost {
+    pub(super) fn new(
+        rank: usize,
+        num_ranks: usize,
+        limit: Duration,
+        stopped: Arc<AtomicBool>,
+    ) -> WireResult<Self> {
+        Ok(Self {
+            rank,
+            limit,
+            engine: Mutex::new(Some(Engine::new(rank, num_ranks)?)),
+            mailbox: Mailbox::default(),
+            open: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
+            busy: AtomicBool::new(false),
+            helper: OnceLock::new(),
+            helper_asleep: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            stopped,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Engine>> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with_engine<T>(&self, act: impl FnOnce(&mut Engine) -> WireResult<T>) -> Result<T> {
+        let mut engine = self.lock();
+        let done = match engine.as_mut() {
+            Some(engine) => {
+                let done = act(engine);
+                self.busy.store(engine.is_busy(), Ordering::Relaxed);
+                done
+            }
+            None => Err("MPI is finished".to_owned()),
+        };
+        done.map_err(|reason| CommError::Transport { rank: self.rank, reason })
+    }
+
+    fn is_active(&self) -> bool {
+        self.open.load(Ordering::Relaxed) > 0 || self.busy.load(Ordering::Relaxed)
+    }
+
+    fn wake_helper(&self) {
+        if self.helper_asleep.swap(false, Ordering::AcqRel)
+            && let Some(helper) = self.helper.get()
+        {
+            helper.unpark();
+        }
+    }
+
+    /// Moves data while the rank computes: MPI moves only inside its calls. Runs in a thread of its own until
+    /// [`stop`](Self::stop).
+    pub(super) fn help(&self) {
+        let _ = self.helper.set(std::thread::current());
+        let mut last_active = Instant::now();
+        while !self.stop.load(Ordering::Acquire) {
+            if self.is_active() {
+                last_active = Instant::now();
+                if self.waiting.load(Ordering::Relaxed) == 0
+                    && let Err(error) = self.progress()
+                {
+                    self.mailbox.fail(Failure { rank: self.rank, reason: error.to_string() });
+                }
+            } else if last_active.elapsed() > HELPER_LINGER {
+                self.helper_asleep.store(true, Ordering::Release);
+                // What began between the look above and this line has not seen the flag: look once more.
+                if !self.is_active() && !self.stop.load(Ordering::Acquire) {
+                    std::thread::park_timeout(Duration::from_secs(1));
+                }
+                self.helper_asleep.store(false, Ordering::Release);
+                last_active = Instant::now();
+            }
+            std::thread::sleep(HELPER_PERIOD);
+        }
+    }
+
+    /// Ends the helper.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        self.wake_helper();
+    }
+
+    /// Waits until `done` or the deadline, polling.
+    fn poll_until(
+        &self,
+        limit: Duration,
+        mut done: impl FnMut(&mut Engine) -> WireResult<bool>,
+    ) -> Result<bool> {
+        let deadline = Instant::now() + limit;
+        for round in 0.. {
+            if self.with_engine(&mut done)? {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            nap(round, deadline);
+        }
+        Ok(false)
+    }
+
+    /// Lets the last messages go and closes the wire: afterwards MPI may be finalised.
+    pub(super) fn finish(&self) -> Result<()> {
+        let sent = self.poll_until(self.limit, |engine| {
+            engine.progress(&self.mailbox)?;
+            Ok(!engine.is_sending())
+        })?;
+        self.with_engine(Engine::cancel_listening)?;
+        let closed = self.poll_until(self.limit, Engine::stop_listening)?;
+        *self.lock() = None;
+        if sent && closed {
+            return Ok(());
+        }
+        let reason = format!("messages could not be delivered within {} s", self.limit.as_secs_f64());
+        Err(CommError::Transport { rank: self.rank, reason })
+    }
+}
+
+impl Post for MpiPost {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    fn send(&self, to: usize, address: Address, letter: Letter) -> Result<()> {
+        self.with_engine(|engine| engine.send(to, address, letter))?;
+        self.wake_helper();
+        Ok(())
+    }
+
+    fn mailbox(&self) -> &Mailbox {
+        &self.mailbox
+    }
+
+    fn opened(&self) {
+        self.open.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn closed(&self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn progress(&self) -> Result<()> {
+        self.with_engine(|engine| engine.progress(&self.mailbox)).map(drop)
+    }
+
+    fn pause(&self, seen: u64, round: u32, deadline: Instant) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        if self.mailbox.version() == seen {
+            nap(round, deadline);
+        }
+        self.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
+    }
+
+    fn abort(&self, reason: &str) {
+        // A rank that fails because another one did passes that one's name on.
+        let own = Failure { rank: self.rank, reason: reason.to_owned() };
+        let failure = self.mailbox.failure().unwrap_or(own);
+        self.mailbox.fail(failure.clone());
+        // Best effort: those who cannot be told find out at their deadline.
+        let _ = self.with_engine(|engine| engine.send_failure(&failure));
+        let _ = self.poll_until(ABORT_PUSH, |engine| {
+            engine.progress(&self.mailbox)?;
+            Ok(!engine.is_sending())
+        });
+        self.wake_helper();
+    }
+}
+
+/// The pause after the `round`th look of a wait: yields at first, then sleeps longer and longer.
+fn nap(round: u32, deadline: Instant) {
+    let Some(sleeps) = round.checked_sub(AWAKE_ROUNDS) else {
+        return std::thread::yield_now();
+    };
+    let grown = SLEEPS.0 * (1 << (sleeps / 8).min(10));
+    std::thread::sleep(grown.min(SLEEPS.1).min(deadline.saturating_duration_since(Instant::now())));
+}
+
+/// Keeps the helper's thread and ends it when dropped.
+#[derive(Debug)]
+pub(super) struct Helper {
+    post: Arc<MpiPost>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Helper {
+    pub(super) fn start(post: &Arc<MpiPost>) -> std::io::Result<Self> {
+        let working = Arc::clone(post);
+        let thread = std::thread::Builder::new().name("mpi-helper".into()).spawn(move || working.help())?;
+        Ok(Self { post: Arc::clone(post), thread: Some(thread) })
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.post.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

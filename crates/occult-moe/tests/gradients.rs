@@ -1,0 +1,121 @@
+//! Gradients that do not pass the experts: routing weights by themselves, sums of replicated parameters over ranks, and
+//! gradients that go to a sink.
+
+mod common;
+
+use std::sync::Arc;
+
+use candle_core::Var;
+use common::{Case, difference, run, tensor, values, var};
+use occult_comm::{Communicator, ThreadOptions};
+use occult_kernels::Threads;
+use occult_kernels::ops::GradSink;
+use occult_moe::reference::{dense_layer, spread_weights};
+use occult_moe::{ExpertParallelLayer, ExpertTensors, LayerOptions, MoeError, Overlap, all_reduce_gradients};
+use occult_plan::{ExpertId, Rank, RoutingBuf, Topology};
+
+/// Experts and weights that no router chose.
+fn routing(case: &Case, k: usize) -> (Vec<ExpertId>, Vec<f32>) {
+    let e = case.router.num_experts;
+    let t: usize = case.tokens.iter().sum();
+    let ids = (0..t).flat_map(|t| (0..k).map(move |i| ((t * 3 + i * 2) % e) as ExpertId)).collect();
+    (ids, common::Rng(3).values(t * k))
+}
+
+#[test]
+fn routing_weights_have_their_own_gradient() {
+    let (world, k, d, f) = (3, 3, 8, 6);
+    let case = Case::random(11, world, 7, k, d, f);
+    let t: usize = case.tokens.iter().sum();
+    let (ids, weights) = routing(&case, k);
+
+    let w = var(&weights, (t, k));
+    let dense = spread_weights(&w, &ids, 7).unwrap();
+    let (up, down) = (tensor(&case.w_up, (7, 2 * f, d)), tensor(&case.w_down, (7, d, f)));
+    let y = dense_layer(&tensor(&case.x, (t, d)), &dense, &up, &down).unwrap();
+    let grads = (y * tensor(&case.dy, (t, d))).unwrap().sum_all().unwrap().backward().unwrap();
+    let want = values(grads.get(w.as_tensor()).unwrap());
+
+    for overlap in [Overlap::Off, Overlap::Chunks(2)] {
+        let mut options = LayerOptions::new(Topology::flat(world).unwrap());
+        options.overlap = overlap;
+        let got = run(world, &ThreadOptions::default(), |comm| {
+            let rank = comm.rank();
+            let rows = case.rows_of(rank);
+            let n = case.placement.experts_of(rank as Rank).len();
+            let (up, down) = (case.local(rank, &case.w_up, 2 * f * d), case.local(rank, &case.w_down, d * f));
+            let (up, down) = (tensor(&up, (n, 2 * f, d)), tensor(&down, (n, d, f)));
+            let w = var(&weights[rows.start * k..rows.end * k], (rows.len(), k));
+            let (router, placement) = (case.router.clone(), case.placement.clone());
+            let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;
+            let expert_ids = ids[rows.start * k..rows.end * k].to_vec();
+            let routing = RoutingBuf { num_experts: 7, top_k: k, expert_ids, ..RoutingBuf::default() };
+            let x = tensor(&case.x[rows.start * d..rows.end * d], (rows.len(), d));
+            let experts = ExpertTensors { w_up: &up, w_down: &down, sinks: None };
+            let y = layer.forward_routed(&x, &routing, &w, experts, None, None)?;
+            let dy = tensor(&case.dy[rows.start * d..rows.end * d], (rows.len(), d));
+            let grads = (y * dy)?.sum_all()?.backward()?;
+            Ok(grads.get(w.as_tensor()).map_or_else(Vec::new, values))
+        });
+        assert!(difference(&got.all().unwrap().concat(), &want) < 2e-5);
+    }
+}
+
+#[test]
+fn sinks_get_what_autograd_would() {
+    let (world, k, d, f) = (2, 2, 8, 6);
+    let case = Case::random(5, world, 6, k, d, f);
+    let (ids, weights) = routing(&case, k);
+    for overlap in [Overlap::Off, Overlap::Chunks(2)] {
+        let mut options = LayerOptions::new(Topology::flat(world).unwrap());
+        options.overlap = overlap;
+        let body = |comm: Arc<dyn Communicator>, sink: bool| -> Result<[Vec<f32>; 3], MoeError> {
+            let rank = comm.rank();
+            let rows = case.rows_of(rank);
+            let n = case.placement.experts_of(rank as Rank).len();
+            let up = var(&case.local(rank, &case.w_up, 2 * f * d), (n, 2 * f, d));
+            let down = var(&case.local(rank, &case.w_down, d * f), (n, d, f));
+            let w = tensor(&weights[rows.start * k..rows.end * k], (rows.len(), k));
+            let (router, placement) = (case.router.clone(), case.placement.clone());
+            let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;
+            let expert_ids = ids[rows.start * k..rows.end * k].to_vec();
+            let routing = RoutingBuf { num_experts: 6, top_k: k, expert_ids, ..RoutingBuf::default() };
+            let x = var(&case.x[rows.start * d..rows.end * d], (rows.len(), d));
+            let sinks = [GradSink::new(), GradSink::new()];
+            let sinks_of = sink.then_some([&sinks[0], &sinks[1]]);
+            let experts = ExpertTensors { w_up: &up, w_down: &down, sinks: sinks_of };
+            let y = layer.forward_routed(&x, &routing, &w, experts, None, None)?;
+            let grads = y.sqr()?.sum_all()?.backward()?;
+            let of = |v: &Var| grads.get(v.as_tensor()).map_or_else(Vec::new, values);
+            let taken = |i: usize, v: &Var| -> Result<Vec<f32>, MoeError> {
+                Ok(sinks[i].take(v.shape())?.map_or_else(Vec::new, |t| values(&t)))
+            };
+            if sink {
+                assert!(grads.get(up.as_tensor()).is_none() && grads.get(down.as_tensor()).is_none());
+                return Ok([of(&x), taken(0, &up)?, taken(1, &down)?]);
+            }
+            Ok([of(&x), of(&up), of(&down)])
+        };
+        let of = |sink| run(world, &ThreadOptions::default(), |comm| body(comm, sink)).all().unwrap();
+        for (got, want) in of(true).iter().zip(&of(false)) {
+            for (got, want) in got.iter().zip(want) {
+                assert!(difference(got, want) < 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_replicated_parameters_are_added() {
+    let sums = run(3, &ThreadOptions::default(), |comm| {
+        let rank = comm.rank() as f32;
+        let (a, b, c) = (var(&[rank, 1.0], 2), var(&[2.0; 6], (2, 3)), var(&[1.0], 1));
+        let loss = ((a.sqr()?.sum_all()? + (b.sum_all()? * f64::from(rank))?)? + c.detach().sum_all()?)?;
+        let mut grads = loss.backward()?;
+        all_reduce_gradients(&*comm, &[&a, &b, &c], &mut grads, 0.5)?;
+        Ok([&a, &b, &c].map(|v| values(grads.get(v.as_tensor()).unwrap())))
+    });
+    for rank in sums.all().unwrap() {
+        assert_eq!(rank, [vec![3.0, 3.0], vec![1.5; 6], vec![0.0]]);
+    }
+}
