@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use occult_formats::{ProfileMeta, RouterInfo, Scoring};
 use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, TextTokenizer, Threads};
 

@@ -67,7 +67,8 @@ pub use kv_cache::KvCache;
 pub use layers::{Linear, Mlp};
 pub use load::{LoadOptions, MakeMoeLayer, ModelFiles};
 pub use moe::{
-    ExpertWeights, LocalExperts, MoeLayer, MoeOutput, Router, RoutingObserver, RoutingRecord, Shared, StackedExperts,
+    ExpertWeights, LocalExperts, MoeLayer, MoeOutput, ParallelExperts, Router, RoutingObserver,
+    RoutingRecord, Shared, StackedExperts,
 };
 pub use occult_kernels::Threads;
 pub use parameters::{Gradient, ModelParameters, Parameter, ParameterKind};

@@ -42,8 +42,9 @@ pub struct StackedExperts {
     pub sinks: Option<[GradSink; 2]>,
 }
 
+/// Weights of some experts of a layer.
 #[derive(Debug)]
-enum Experts {
+pub(super) enum Experts {
     Stored(Vec<ExpertWeights>),
     Stacked(StackedExperts),
 }
@@ -63,39 +64,16 @@ pub struct LocalExperts {
 impl LocalExperts {
     /// Weights as stored, for inference: one entry per expert, all of the same shapes.
     pub fn new(threads: &Threads, router: Router, experts: Vec<ExpertWeights>) -> Result<Self> {
-        let Some(first) = experts.first() else {
-            return Err(ModelError::request("an MoE layer without experts"));
-        };
-        let &[f, hidden] = first.gate.shape() else {
-            return Err(ModelError::request(format!("expert matrix {}: not a matrix", first.gate.name())));
-        };
-        for e in &experts {
-            if e.gate.shape() != [f, hidden] || e.up.shape() != [f, hidden] || e.down.shape() != [hidden, f] {
-                return Err(ModelError::request(format!("expert matrix {}: wrong shape", e.gate.name())));
-            }
-        }
-        let dims = ExpertDims { hidden, intermediate: f };
-        Self::checked(threads, router, experts.len(), Experts::Stored(experts), dims)
+        Self::checked(threads, router, Experts::Stored(experts))
     }
 
     /// Weights as tensors, for training.
     pub fn stacked(threads: &Threads, router: Router, experts: StackedExperts) -> Result<Self> {
-        let (e, hidden, intermediate) = experts.w_down.dims3()?;
-        if experts.w_up.dims() != [e, 2 * intermediate, hidden] {
-            let message = format!("expert weights {:?} and {:?}", experts.w_up, experts.w_down);
-            return Err(ModelError::request(message));
-        }
-        let dims = ExpertDims { hidden, intermediate };
-        Self::checked(threads, router, e, Experts::Stacked(experts), dims)
+        Self::checked(threads, router, Experts::Stacked(experts))
     }
 
-    fn checked(
-        threads: &Threads,
-        router: Router,
-        found: usize,
-        experts: Experts,
-        dims: ExpertDims,
-    ) -> Result<Self> {
+    fn checked(threads: &Threads, router: Router, experts: Experts) -> Result<Self> {
+        let (found, dims) = dims_of(&experts)?;
         if found != router.spec().num_experts {
             let message = format!("{found} experts for a router of {}", router.spec().num_experts);
             return Err(ModelError::request(message));
@@ -137,6 +115,33 @@ impl LocalExperts {
             }
         }
     }
+}
+
+/// How many experts there are, and their sizes, which must be equal.
+pub(super) fn dims_of(experts: &Experts) -> Result<(usize, ExpertDims)> {
+    let experts = match experts {
+        Experts::Stored(experts) => experts,
+        Experts::Stacked(experts) => {
+            let (e, hidden, intermediate) = experts.w_down.dims3()?;
+            if experts.w_up.dims() != [e, 2 * intermediate, hidden] {
+                let message = format!("expert weights {:?} and {:?}", experts.w_up, experts.w_down);
+                return Err(ModelError::request(message));
+            }
+            return Ok((e, ExpertDims { hidden, intermediate }));
+        }
+    };
+    let Some(first) = experts.first() else {
+        return Err(ModelError::request("an MoE layer without experts"));
+    };
+    let &[f, hidden] = first.gate.shape() else {
+        return Err(ModelError::request(format!("expert matrix {}: not a matrix", first.gate.name())));
+    };
+    for e in experts {
+        if e.gate.shape() != [f, hidden] || e.up.shape() != [f, hidden] || e.down.shape() != [hidden, f] {
+            return Err(ModelError::request(format!("expert matrix {}: wrong shape", e.gate.name())));
+        }
+    }
+    Ok((experts.len(), ExpertDims { hidden, intermediate: f }))
 }
 
 /// The rows of each expert, and the slot (token * K + choice) of each expanded row.

@@ -2,9 +2,11 @@
 //! ([`RoutingObserver`]).
 
 mod experts;
+mod parallel;
 mod router;
 
 pub use experts::{ExpertWeights, LocalExperts, StackedExperts};
+pub use parallel::ParallelExperts;
 pub use router::Router;
 
 use candle_core::Tensor;

@@ -98,7 +98,7 @@ impl Router {
     }
 
     /// An error of the decision, in rows after `first`, with the layer.
-    fn error(&self, error: MoeError, first: usize) -> ModelError {
+    pub(super) fn error(&self, error: MoeError, first: usize) -> ModelError {
         match error {
             MoeError::RouterLogit { row, expert, value } => {
                 ModelError::RouterLogit { layer: self.layer, row: first + row, expert, value }
