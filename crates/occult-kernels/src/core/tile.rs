@@ -2,9 +2,6 @@
 
 use crate::simd::Simd;
 
-/// How many steps ahead B is asked for.
-const PREFETCH_STEPS: usize = 8;
-
 /// `C (+)= A B` for a tile of `MR` rows and `NV` vectors.
 ///
 /// - `k`: steps
@@ -46,8 +43,6 @@ pub(super) unsafe fn tile<
             let mut columns = [S::splat(0.0); NV];
             for (j, column) in columns.iter_mut().enumerate() {
                 *column = S::load(b.add(j * S::LANES));
-                // B streams from the second-level cache.
-                S::prefetch(b.wrapping_add((PREFETCH_STEPS * NV + j) * S::LANES));
             }
             for (i, acc) in acc.iter_mut().enumerate() {
                 let value = S::splat(*a.add(i * A_ROW));
