@@ -148,11 +148,11 @@ fn gradients_are_finite_differences() {
         let check = |what: &str, found: f32, expected: f32| {
             assert!((found - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{what}: {found}, {expected}");
         };
-        for i in 0..dx.len() {
-            check("dx", dx[i], differ(&|layer| &mut layer.x[i]));
+        for (i, &found) in dx.iter().enumerate() {
+            check("dx", found, differ(&|layer| &mut layer.x[i]));
         }
-        for i in 0..d_row_weights.len() {
-            check("row weight", d_row_weights[i], differ(&|layer| &mut layer.row_weights[i]));
+        for (i, &found) in d_row_weights.iter().enumerate() {
+            check("row weight", found, differ(&|layer| &mut layer.row_weights[i]));
         }
         for expert in 0..3 {
             for i in 0..35 {
@@ -179,7 +179,7 @@ fn weight_gradients_are_added_to_and_frozen_weights_are_left_out() {
     let (rows, up, n) = (&layer.rows, layer.up(), layer.rows.num_expanded());
     let d_pre = Rng(1).values(n * 8);
     let (mut once, mut twice, mut dx) = (vec![0.0; 2 * 8 * 6], vec![0.0; 2 * 8 * 6], vec![0.0; 30]);
-    let mut run = |d_w_up: Option<&mut [f32]>, dx: Option<&mut [f32]>| {
+    let run = |d_w_up: Option<&mut [f32]>, dx: Option<&mut [f32]>| {
         let grads = ScatterGrads { dx, d_w_up };
         smm::scatter_bwd(&threads, rows, dims, &layer.x, &up, &d_pre, grads).unwrap();
     };

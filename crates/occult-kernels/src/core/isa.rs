@@ -125,8 +125,8 @@ unsafe fn fma_loop<S: Simd>(calls: usize) -> f32 {
         let mut acc = factors;
         let b = S::splat(std::hint::black_box(1.0));
         for _ in 0..calls {
-            for i in 0..FMA_CHAINS {
-                acc[i] = S::mul_add(acc[i], factors[0], b);
+            for acc in &mut acc {
+                *acc = S::mul_add(*acc, factors[0], b);
             }
         }
         acc.iter().map(|&acc| S::sum(acc)).sum()
