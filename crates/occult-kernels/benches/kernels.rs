@@ -2,7 +2,7 @@
 //!
 //! `cargo bench -p occult-kernels -- [--threads N] [--seconds S] [PART ..]`; parts: layer, skew, decode, dense, latency.
 
-use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use half::bf16;
@@ -246,9 +246,19 @@ fn main() {
     );
     let bench = Bench { threads, seconds, gflops, gb_per_s };
     if wants("latency") {
-        let seconds =
-            bench.time(|| (0..1000).for_each(|_| bench.threads.for_each(2, |i| drop(black_box(i)))));
-        println!("fork and join: {:.2} us", seconds * 1e3);
+        let count = bench.threads.count();
+        let inside = AtomicUsize::new(0);
+        // Every task waits for all others to have begun: the call ends when all threads are in.
+        let seconds = bench.time(|| {
+            inside.store(0, Ordering::SeqCst);
+            bench.threads.for_each(count, |_| {
+                inside.fetch_add(1, Ordering::SeqCst);
+                while inside.load(Ordering::SeqCst) < count {
+                    std::hint::spin_loop();
+                }
+            });
+        });
+        println!("fork, all threads in, and join: {:.2} us", seconds * 1e6);
     }
     for f32 in [true, false] {
         let wanted =

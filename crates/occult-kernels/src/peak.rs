@@ -4,14 +4,14 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::Threads;
+use crate::core::isa::FMA_CHAINS;
 
 /// GFLOP/s of multiply-adds on all threads, for `rounds` rounds (a round is some 10 ms). The best round counts.
 #[must_use]
 pub fn fma_gflops(threads: &Threads, rounds: usize) -> f64 {
-    const CALLS: usize = 1 << 20;
+    const CALLS: usize = 1 << 21;
     let isa = threads.isa();
-    // Multiply and add, 24 vectors a call.
-    let flop = 2.0 * (24 * isa.lanes * CALLS * threads.count()) as f64;
+    let flop = 2.0 * (FMA_CHAINS * isa.lanes * CALLS * threads.count()) as f64;
     best(rounds, || {
         threads.for_each(threads.count(), |_| {
             // SAFETY: touches no memory, and the instructions are there because `isa` is.

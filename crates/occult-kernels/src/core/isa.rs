@@ -51,6 +51,9 @@ impl InstructionSet {
     }
 }
 
+/// Independent sums of [`Isa::fma_loop`]: more than two units times their latency, and few enough for 16 registers.
+pub(crate) const FMA_CHAINS: usize = 12;
+
 type TileFn = unsafe fn(usize, *const f32, *const f32, *const *mut f32, bool);
 
 /// Kernels that read a stored type.
@@ -75,9 +78,9 @@ pub(crate) struct Isa {
     pub(crate) f16: ForType<f16>,
     pub(crate) swiglu: unsafe fn(usize, *const f32, *const f32, f32, *mut f32),
     pub(crate) swiglu_bwd: unsafe fn(&SwigluBwd) -> f32,
-    /// `calls` rounds of 24 independent multiply-adds of a vector; returns their sum. For [`crate::peak`].
+    /// `calls` rounds of [`FMA_CHAINS`] independent multiply-adds of a vector; returns their sum. For [`crate::peak`].
     pub(crate) fma_loop: unsafe fn(usize) -> f32,
-    /// Sum of the values behind the pointer. For [`crate::peak`].
+    /// Sum of (nearly all of) the values behind the pointer. For [`crate::peak`].
     pub(crate) read_loop: unsafe fn(usize, *const f32) -> f32,
     /// Lanes of a vector.
     pub(crate) lanes: usize,
@@ -116,29 +119,37 @@ impl Isa {
 unsafe fn fma_loop<S: Simd>(calls: usize) -> f32 {
     // SAFETY: the caller's promise; no memory is touched.
     unsafe {
-        let mut acc = [S::splat(1.0); 24];
-        let (a, b) = (S::splat(std::hint::black_box(0.5)), S::splat(std::hint::black_box(1.0)));
+        // Factors unknown to the compiler and all different, so that no two sums can be shared.
+        let factors: [S::V; FMA_CHAINS] =
+            std::array::from_fn(|i| S::splat(std::hint::black_box(1.0 / (i + 2) as f32)));
+        let mut acc = factors;
+        let b = S::splat(std::hint::black_box(1.0));
         for _ in 0..calls {
-            for acc in &mut acc {
-                *acc = S::mul_add(a, *acc, b);
+            for i in 0..FMA_CHAINS {
+                acc[i] = S::mul_add(acc[i], factors[0], b);
             }
         }
         acc.iter().map(|&acc| S::sum(acc)).sum()
     }
 }
 
-/// See [`Isa::read_loop`].
+/// See [`Isa::read_loop`]: four streams, asked for ahead.
 #[inline(always)]
 unsafe fn read_loop<S: Simd>(len: usize, from: *const f32) -> f32 {
     // SAFETY: the caller's promise: `len` values.
     unsafe {
-        let mut acc = [S::splat(0.0); 8];
-        for block in 0..len / (8 * S::LANES) {
-            for (j, acc) in acc.iter_mut().enumerate() {
-                *acc = S::add(*acc, S::load(from.add((block * 8 + j) * S::LANES)));
+        let quarter = len / 4 - (len / 4) % (2 * S::LANES);
+        let mut acc = [[S::splat(0.0); 2]; 4];
+        for step in (0..quarter).step_by(2 * S::LANES) {
+            for (stream, acc) in acc.iter_mut().enumerate() {
+                let at = from.add(stream * quarter + step);
+                S::prefetch(at.wrapping_add(1024));
+                S::prefetch(at.wrapping_add(1024 + S::LANES));
+                acc[0] = S::add(acc[0], S::load(at));
+                acc[1] = S::add(acc[1], S::load(at.add(S::LANES)));
             }
         }
-        acc.iter().map(|&acc| S::sum(acc)).sum()
+        acc.iter().flatten().map(|&acc| S::sum(acc)).sum()
     }
 }
 

@@ -82,22 +82,25 @@ vectorised! {
     fn tile(q: &[f32], k: &[f32], k_row: usize, v: &[f32], v_row: usize, n: usize, part: &mut [f32]) {
         let dk = q.len();
         let dv = part.len() - 2;
-        let mut room = [0f32; TILE];
-        let scores = &mut room[..n];
+        // The unused end counts as unseen, so that every loop over scores has one length.
+        let mut scores = [f32::NEG_INFINITY; TILE];
         let mut max = part[dv];
-        for (key, score) in scores.iter_mut().enumerate() {
+        for (key, score) in scores.iter_mut().enumerate().take(n) {
             *score = dot_body::<ISA>(q, &k[key * k_row..][..dk]);
             max = if *score <= max { max } else { *score };
         }
         let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
         let factor = exp::<ISA>(part[dv] - shift);
-        let mut sum = 0.0;
         for score in scores.iter_mut() {
             *score = exp::<ISA>(*score - shift);
         }
-        for score in scores.iter() {
-            sum += *score;
+        let mut lanes = [0f32; 16];
+        for scores in scores.as_chunks::<16>().0 {
+            for i in 0..16 {
+                lanes[i] += scores[i];
+            }
         }
+        let sum: f32 = lanes.iter().sum();
         let (out, state) = part.split_at_mut(dv);
         state[1] = state[1] * factor + sum;
         state[0] = max;

@@ -1,0 +1,223 @@
+//! What holds whatever the values are: thread counts, NaN and infinity, gradients, refusals.
+
+mod common;
+
+use common::{Layer, Rng, Stored, Weight, assert_close, budgets};
+use occult_kernels::linear::{self, LinearDims};
+use occult_kernels::smm::{self, ExpertDims, MergeGrads, MergeInputs, ScatterGrads};
+use occult_kernels::{KernelError, Matrix, SparseRows, Threads};
+
+/// Everything forward and backward computes, in one list.
+fn all_results(threads: &Threads, layer: &Layer) -> Vec<Vec<f32>> {
+    let (rows, dims) = (&layer.rows, layer.dims);
+    let ExpertDims { hidden: d, intermediate: f } = dims;
+    let (r, n, e) = (rows.num_rows(), rows.num_expanded(), rows.num_experts());
+    let (up, down) = (layer.up(), layer.down());
+    let dy = Rng(3).values(r * d);
+    let mut out: Vec<Vec<f32>> = [n * 2 * f, r * d, r * d, n * 2 * f, n, e * d * f, r * d, e * 2 * f * d]
+        .map(|len| vec![0.0; len])
+        .into();
+    let [pre, y, y_fused, d_pre, d_row_weights, d_w_down, dx, d_w_up] = out.as_mut_slice() else {
+        unreachable!("eight results")
+    };
+    smm::scatter(threads, rows, dims, &layer.x, &up, pre).unwrap();
+    let inputs = MergeInputs { pre, row_weights: &layer.row_weights, w_down: &down };
+    smm::merge(threads, rows, dims, inputs, y).unwrap();
+    smm::expert_ffn(threads, rows, dims, &layer.x, &layer.experts(), &layer.row_weights, y_fused).unwrap();
+    let grads = MergeGrads { d_pre, d_row_weights, d_w_down: Some(d_w_down) };
+    smm::merge_bwd(threads, rows, dims, inputs, &dy, grads).unwrap();
+    let grads = ScatterGrads { dx: Some(dx), d_w_up: Some(d_w_up) };
+    smm::scatter_bwd(threads, rows, dims, &layer.x, &up, d_pre, grads).unwrap();
+    out
+}
+
+fn bits(values: &[Vec<f32>]) -> Vec<Vec<u32>> {
+    values.iter().map(|values| values.iter().map(|x| x.to_bits()).collect()).collect()
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "too slow")]
+fn thread_count_does_not_change_a_bit() {
+    let dims = ExpertDims { hidden: 150, intermediate: 70 };
+    for (num_rows, share) in [(9, 0.4), (90, 0.5), (300, 0.9)] {
+        let layer = Layer::new(5, Stored::Bf16, dims, num_rows, 5, share);
+        for one in budgets(1) {
+            let expected = bits(&all_results(&one, &layer));
+            for count in [2, 3, 5, 16] {
+                let many = Threads::new(count).with_instruction_set(one.instruction_set()).unwrap();
+                assert!(bits(&all_results(&many, &layer)) == expected, "{count} threads, {one:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_position_of_a_row_gives_the_same_bits() {
+    // The same row everywhere: tiles, edges and blocks must not differ.
+    let dims = LinearDims { rows: 45, out: 37, inner: 50 };
+    let row = Rng(1).values(dims.inner);
+    let w_row = Rng(2).values(dims.inner);
+    let (x, w) = (row.repeat(dims.rows), w_row.repeat(dims.out));
+    for threads in budgets(2) {
+        let mut out = vec![0.0; dims.rows * dims.out];
+        linear::linear(&threads, dims, &x, Matrix::F32(&w), &mut out).unwrap();
+        assert!(out.iter().all(|value| value.to_bits() == out[0].to_bits()), "{threads:?}");
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "too slow")]
+fn nan_and_infinity_go_where_the_reference_sends_them() {
+    let dims = ExpertDims { hidden: 40, intermediate: 36 };
+    for (num_rows, share) in [(4, 0.8), (60, 0.8)] {
+        for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -200.0] {
+            let mut layer = Layer::new(11, Stored::F32, dims, num_rows, 4, share);
+            layer.x[dims.hidden + 3] = special;
+            let (rows, up, down) = (&layer.rows, layer.up(), layer.down());
+            let mut pre = vec![0.0; rows.num_expanded() * 2 * dims.intermediate];
+            smm::reference::scatter(rows, dims, &layer.x, &up, &mut pre);
+            let inputs = MergeInputs { pre: &pre, row_weights: &layer.row_weights, w_down: &down };
+            let mut y = vec![0.0; layer.x.len()];
+            smm::reference::merge(rows, dims, inputs, &mut y);
+            for threads in budgets(2) {
+                let mut found = vec![0.0; pre.len()];
+                smm::scatter(&threads, rows, dims, &layer.x, &up, &mut found).unwrap();
+                assert_same_kind(&found, &pre);
+                let mut found = vec![0.0; y.len()];
+                smm::merge(&threads, rows, dims, inputs, &mut found).unwrap();
+                assert_same_kind(&found, &y);
+            }
+        }
+    }
+}
+
+/// NaN where NaN is expected, the same infinities, finite elsewhere.
+#[track_caller]
+fn assert_same_kind(found: &[f32], expected: &[f32]) {
+    for (i, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+        let same = if expected.is_finite() {
+            found.is_finite()
+        } else {
+            found == expected || (found.is_nan() && expected.is_nan())
+        };
+        assert!(same, "value {i} is {found}, expected {expected}");
+    }
+}
+
+/// The layer's loss `<y, c>` in f64 by its definition.
+fn loss(layer: &Layer, c: &[f32]) -> f64 {
+    let ExpertDims { hidden: d, intermediate: f } = layer.dims;
+    let mut loss = 0.0;
+    for (expert, weights) in layer.weights.iter().enumerate() {
+        for n in layer.rows.expanded_of(expert) {
+            let r = layer.rows.row_idx()[n] as usize;
+            let dot = |w: Matrix<'_>, j: usize| -> f64 {
+                (0..d).map(|k| f64::from(layer.x[r * d + k]) * f64::from(w.at(j * d + k))).sum()
+            };
+            for j in 0..f {
+                let (g, u) = (dot(weights[0].matrix(), j), dot(weights[1].matrix(), j));
+                let h = f64::from(layer.row_weights[n]) * g / (1.0 + (-g).exp()) * u;
+                let down = weights[2].matrix();
+                loss +=
+                    h * (0..d).map(|i| f64::from(c[r * d + i]) * f64::from(down.at(i * f + j))).sum::<f64>();
+            }
+        }
+    }
+    loss
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "too slow")]
+fn gradients_are_finite_differences() {
+    const STEP: f32 = 1.0 / 1024.0;
+    let dims = ExpertDims { hidden: 7, intermediate: 5 };
+    let mut layer = Layer::new(21, Stored::F32, dims, 6, 3, 0.7);
+    assert!(layer.rows.num_expanded() > 3);
+    let c = Rng(3).values(6 * 7); // as in `all_results`
+    for threads in budgets(2) {
+        let results = all_results(&threads, &layer);
+        let (d_row_weights, d_w_down, dx, d_w_up) = (&results[4], &results[5], &results[6], &results[7]);
+        let mut differ = |place: &dyn Fn(&mut Layer) -> &mut f32| {
+            *place(&mut layer) += STEP;
+            let above = loss(&layer, &c);
+            *place(&mut layer) -= 2.0 * STEP;
+            let below = loss(&layer, &c);
+            *place(&mut layer) += STEP;
+            ((above - below) / (2.0 * f64::from(STEP))) as f32
+        };
+        let check = |what: &str, found: f32, expected: f32| {
+            assert!((found - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{what}: {found}, {expected}");
+        };
+        for i in 0..dx.len() {
+            check("dx", dx[i], differ(&|layer| &mut layer.x[i]));
+        }
+        for i in 0..d_row_weights.len() {
+            check("row weight", d_row_weights[i], differ(&|layer| &mut layer.row_weights[i]));
+        }
+        for expert in 0..3 {
+            for i in 0..35 {
+                check("down", d_w_down[expert * 35 + i], differ(&|layer| value(layer, expert, 2, i)));
+                check("gate", d_w_up[expert * 70 + i], differ(&|layer| value(layer, expert, 0, i)));
+                check("up", d_w_up[expert * 70 + 35 + i], differ(&|layer| value(layer, expert, 1, i)));
+            }
+        }
+    }
+}
+
+fn value(layer: &mut Layer, expert: usize, which: usize, i: usize) -> &mut f32 {
+    match &mut layer.weights[expert][which] {
+        Weight::F32(values) => &mut values[i],
+        _ => unreachable!("f32 weights"),
+    }
+}
+
+#[test]
+fn weight_gradients_are_added_to_and_frozen_weights_are_left_out() {
+    let dims = ExpertDims { hidden: 6, intermediate: 4 };
+    let layer = Layer::new(8, Stored::F32, dims, 5, 2, 1.0);
+    let threads = Threads::new(1);
+    let (rows, up, n) = (&layer.rows, layer.up(), layer.rows.num_expanded());
+    let d_pre = Rng(1).values(n * 8);
+    let (mut once, mut twice, mut dx) = (vec![0.0; 2 * 8 * 6], vec![0.0; 2 * 8 * 6], vec![0.0; 30]);
+    let mut run = |d_w_up: Option<&mut [f32]>, dx: Option<&mut [f32]>| {
+        let grads = ScatterGrads { dx, d_w_up };
+        smm::scatter_bwd(&threads, rows, dims, &layer.x, &up, &d_pre, grads).unwrap();
+    };
+    run(Some(&mut once), None);
+    run(Some(&mut twice), None);
+    run(Some(&mut twice), Some(&mut dx));
+    once.iter_mut().for_each(|value| *value *= 2.0);
+    assert_close("twice", &twice, &once);
+    let mut alone = vec![1.0; 30];
+    run(None, Some(&mut alone));
+    assert_eq!(alone, dx);
+}
+
+#[test]
+fn wrong_lengths_are_refused() {
+    let threads = Threads::new(1);
+    let dims = LinearDims { rows: 2, out: 3, inner: 4 };
+    let (x, w) = (vec![0.0; 8], vec![0.0; 12]);
+    let refused = linear::linear(&threads, dims, &x, Matrix::F32(&w), &mut [0.0; 5]);
+    assert_eq!(refused, Err(KernelError::Length { what: "out [M, N]", expected: 6, found: 5 }));
+    let huge = LinearDims { rows: usize::MAX, out: 3, inner: 4 };
+    let refused = linear::linear(&threads, huge, &x, Matrix::F32(&w), &mut [0.0; 6]);
+    assert_eq!(refused, Err(KernelError::Overflow { what: "x [M, K]" }));
+}
+
+#[test]
+fn contradicting_rows_are_refused() {
+    for (offsets, row_idx) in [
+        (vec![], vec![]),
+        (vec![1, 1], vec![0]),
+        (vec![0, 2], vec![0]),
+        (vec![0, 2, 1, 2], vec![0, 1]),
+        (vec![0, 2], vec![1, 1]),
+        (vec![0, 2], vec![1, 0]),
+        (vec![0, 1], vec![3]),
+    ] {
+        assert!(SparseRows::new(3, offsets.clone(), row_idx.clone()).is_err(), "{offsets:?} {row_idx:?}");
+    }
+    assert!(SparseRows::new(3, vec![0, 2, 2, 3], vec![0, 2, 1]).is_ok());
+    assert!(SparseRows::new(0, vec![0], vec![]).is_ok());
+}
