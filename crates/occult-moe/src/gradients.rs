@@ -3,15 +3,16 @@
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use occult_comm::Communicator;
+use occult_plan::{ExpertId, LayerPlacement, Rank};
 
-use crate::error::{MoeError, Result};
+use crate::error::{MoeError, Result, check_len};
 use crate::tensor::with_f32;
 
 /// Values that travel in one call: 16 MiB of f32.
 pub const BUCKET_VALUES: usize = 4 << 20;
 
 /// Adds the gradients of parameters that every rank holds, in rank order: the same bits on every rank. Experts' gradients
-/// stay on their rank; of replicated experts they are added over the ranks that hold them, by [`Communicator::split`].
+/// stay on their rank; those of replicated experts are for [`all_reduce_replicas`].
 ///
 /// `vars` must be the same list on every rank. One that has no gradient here counts as zeros. `scale` multiplies the sum
 /// (one over the number of tokens, for a mean over all ranks' tokens).
@@ -33,6 +34,38 @@ pub fn all_reduce_gradients(
         }
         reduce_bucket(comm, &vars[start..end], grads, scale, size)?;
         start = end;
+    }
+    Ok(())
+}
+
+/// Adds the gradients of experts that live on several ranks, in rank order, so that replicas stay the same bits.
+///
+/// `grads`: of this rank's experts, stacked, `size` values each, ascending by id. Experts that live on one rank keep
+/// theirs; where there are no others, nothing travels.
+///
+/// # Errors
+/// Failures of the communicator; another number of values.
+pub fn all_reduce_replicas(
+    comm: &dyn Communicator,
+    placement: &LayerPlacement,
+    size: usize,
+    grads: &mut [f32],
+) -> Result<()> {
+    let local = placement.experts_of(comm.rank() as Rank);
+    check_len("gradients of this rank's experts", local.len() * size, grads.len())?;
+    let replicated: Vec<ExpertId> =
+        (0..placement.num_experts() as ExpertId).filter(|&e| placement.ranks_of(e).len() > 1).collect();
+    for bucket in replicated.chunks((BUCKET_VALUES / size.max(1)).max(1)) {
+        let mut sums = vec![0.0; bucket.len() * size];
+        let held =
+            || bucket.iter().enumerate().filter_map(|(at, e)| Some((at, local.binary_search(e).ok()?)));
+        for (at, i) in held() {
+            sums[at * size..][..size].copy_from_slice(&grads[i * size..][..size]);
+        }
+        comm.all_reduce_sum("gradients of replicated experts", &mut sums)?;
+        for (at, i) in held() {
+            grads[i * size..][..size].copy_from_slice(&sums[at * size..][..size]);
+        }
     }
     Ok(())
 }

@@ -28,7 +28,7 @@ pub mod wire;
 
 pub use config::{LayerOptions, Mode, Overlap, PruneRule, Pruning, Step, TwoLevel, topology_of};
 pub use error::{MoeError, Result};
-pub use gradients::all_reduce_gradients;
+pub use gradients::{all_reduce_gradients, all_reduce_replicas};
 pub use layer::{Decision, ExpertParallelLayer, ExpertTensors, Meanwhile};
 pub use router::{GroupLimit, RouterSpec, routing_weights};
 pub use timers::{PhaseSeconds, Timers};

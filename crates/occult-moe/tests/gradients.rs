@@ -11,8 +11,11 @@ use occult_comm::{Communicator, ThreadOptions};
 use occult_kernels::Threads;
 use occult_kernels::ops::GradSink;
 use occult_moe::reference::{dense_layer, spread_weights};
-use occult_moe::{ExpertParallelLayer, ExpertTensors, LayerOptions, MoeError, Overlap, all_reduce_gradients};
-use occult_plan::{ExpertId, Rank, RoutingBuf, Topology};
+use occult_moe::{
+    ExpertParallelLayer, ExpertTensors, LayerOptions, MoeError, Overlap, all_reduce_gradients,
+    all_reduce_replicas,
+};
+use occult_plan::{ExpertId, LayerPlacement, Rank, RoutingBuf, Topology};
 
 /// Experts and weights that no router chose.
 fn routing(case: &Case, k: usize) -> (Vec<ExpertId>, Vec<f32>) {
@@ -118,4 +121,18 @@ fn gradients_of_replicated_parameters_are_added() {
     for rank in sums.all().unwrap() {
         assert_eq!(rank, [vec![3.0, 3.0], vec![1.5; 6], vec![0.0]]);
     }
+}
+
+#[test]
+fn gradients_of_replicas_are_added_and_others_stay() {
+    let ranks: [&[ExpertId]; 3] = [&[0, 2], &[1, 2], &[0]];
+    let placement = LayerPlacement::from_rank_experts(3, &ranks).unwrap();
+    let sums = run(3, &ThreadOptions::default(), |comm| {
+        let mut grads: Vec<f32> =
+            ranks[comm.rank()].iter().flat_map(|&e| [f32::from(e) + 1.0, comm.rank() as f32]).collect();
+        all_reduce_replicas(&*comm, &placement, 2, &mut grads)?;
+        Ok(grads)
+    });
+    let want = [vec![2.0, 2.0, 6.0, 1.0], vec![2.0, 1.0, 6.0, 1.0], vec![2.0, 2.0]];
+    assert_eq!(sums.all().unwrap(), want);
 }
