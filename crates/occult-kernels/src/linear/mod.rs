@@ -1,0 +1,80 @@
+//! Dense layers, `out = x W^T`: projections, shared experts, router, output head.
+
+pub mod reference;
+
+use crate::error::expect_len;
+use crate::{Matrix, Result, Threads};
+
+/// Sizes of one dense product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinearDims {
+    /// M: rows.
+    pub rows: usize,
+    /// N: features out.
+    pub out: usize,
+    /// K: features in.
+    pub inner: usize,
+}
+
+/// `out[m, n] = sum over k of x[m, k] w[n, k]`.
+///
+/// - `x` `[M, K]`
+/// - `w` `[N, K]`
+/// - `out` `[M, N]`, overwritten
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape.
+pub fn linear(threads: &Threads, dims: LinearDims, x: &[f32], w: Matrix<'_>, out: &mut [f32]) -> Result<()> {
+    check(dims, x.len(), w.len(), out.len())?;
+    let _ = threads;
+    reference::linear(dims, x, w, out);
+    Ok(())
+}
+
+/// Gradient of [`linear`] for its input: `dx[m, k] = sum over n of dout[m, n] w[n, k]`.
+///
+/// - `dout` `[M, N]`
+/// - `w` `[N, K]`
+/// - `dx` `[M, K]`, overwritten
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape.
+pub fn linear_bwd_x(
+    threads: &Threads,
+    dims: LinearDims,
+    dout: &[f32],
+    w: Matrix<'_>,
+    dx: &mut [f32],
+) -> Result<()> {
+    check(dims, dx.len(), w.len(), dout.len())?;
+    let _ = threads;
+    reference::linear_bwd_x(dims, dout, w, dx);
+    Ok(())
+}
+
+/// Gradient of [`linear`] for its weight: `dw[n, k] += sum over m of dout[m, n] x[m, k]`.
+///
+/// - `dout` `[M, N]`
+/// - `x` `[M, K]`
+/// - `dw` `[N, K]`, added to
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape.
+pub fn linear_bwd_w(
+    threads: &Threads,
+    dims: LinearDims,
+    dout: &[f32],
+    x: &[f32],
+    dw: &mut [f32],
+) -> Result<()> {
+    check(dims, x.len(), dw.len(), dout.len())?;
+    let _ = threads;
+    reference::linear_bwd_w(dims, dout, x, dw);
+    Ok(())
+}
+
+fn check(dims: LinearDims, x: usize, w: usize, out: usize) -> Result<()> {
+    expect_len("x [M, K]", x, &[dims.rows, dims.inner])?;
+    expect_len("w [N, K]", w, &[dims.out, dims.inner])?;
+    expect_len("out [M, N]", out, &[dims.rows, dims.out])
+}

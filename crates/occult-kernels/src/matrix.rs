@@ -1,0 +1,93 @@
+use half::{bf16, f16};
+
+/// A weight matrix `[rows = out, cols = in]`, row-major, in the type it is stored in.
+///
+/// The number of columns is given by the call that uses it. Values are widened to `f32` while they are read; no copy
+/// in another type is kept.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum Matrix<'a> {
+    /// 32-bit floats.
+    F32(&'a [f32]),
+    /// bfloat16: the upper half of an `f32`.
+    Bf16(&'a [bf16]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
+}
+
+impl<'a> Matrix<'a> {
+    /// Number of values.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Matrix::F32(values) => values.len(),
+            Matrix::Bf16(values) => values.len(),
+            Matrix::F16(values) => values.len(),
+        }
+    }
+
+    /// True when there is no value.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes the values occupy as stored.
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
+        match self {
+            Matrix::F32(values) => size_of_val(*values),
+            Matrix::Bf16(values) => size_of_val(*values),
+            Matrix::F16(values) => size_of_val(*values),
+        }
+    }
+
+    /// The first `row` rows of `cols` columns, and the rest: a fused `[2F, D]` gate and up matrix becomes its halves.
+    /// `None` when there are fewer rows.
+    #[must_use]
+    pub fn split_rows(self, row: usize, cols: usize) -> Option<(Self, Self)> {
+        let at = row.checked_mul(cols)?;
+        Some(match self {
+            Matrix::F32(values) => {
+                values.split_at_checked(at).map(|(a, b)| (Matrix::F32(a), Matrix::F32(b)))?
+            }
+            Matrix::Bf16(values) => {
+                values.split_at_checked(at).map(|(a, b)| (Matrix::Bf16(a), Matrix::Bf16(b)))?
+            }
+            Matrix::F16(values) => {
+                values.split_at_checked(at).map(|(a, b)| (Matrix::F16(a), Matrix::F16(b)))?
+            }
+        })
+    }
+
+    /// The value at `index` of the row-major order, widened. The slow definition of what the packing reads.
+    ///
+    /// # Panics
+    /// When `index` is outside, like a slice.
+    #[must_use]
+    pub fn at(&self, index: usize) -> f32 {
+        match self {
+            Matrix::F32(values) => values[index],
+            Matrix::Bf16(values) => values[index].to_f32(),
+            Matrix::F16(values) => values[index].to_f32(),
+        }
+    }
+}
+
+impl<'a> From<&'a [f32]> for Matrix<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Matrix::F32(values)
+    }
+}
+
+impl<'a> From<&'a [bf16]> for Matrix<'a> {
+    fn from(values: &'a [bf16]) -> Self {
+        Matrix::Bf16(values)
+    }
+}
+
+impl<'a> From<&'a [f16]> for Matrix<'a> {
+    fn from(values: &'a [f16]) -> Self {
+        Matrix::F16(values)
+    }
+}

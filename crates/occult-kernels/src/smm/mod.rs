@@ -1,0 +1,191 @@
+//! Sparse matmuls: each expert works on the rows that chose it.
+//!
+//! [`scatter`] is the first half of an expert (few rows become more), [`merge`] the second (more rows add into fewer).
+//! [`expert_ffn`] does both for inference and keeps nothing. `reference` holds the definitions.
+
+mod check;
+pub mod reference;
+
+use crate::{Matrix, Result, SparseRows, Threads};
+
+/// Sizes of the experts of one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertDims {
+    /// D: hidden size.
+    pub hidden: usize,
+    /// F: intermediate size of one expert.
+    pub intermediate: usize,
+}
+
+/// The two matrices an expert begins with, each `[F, D]`.
+#[derive(Debug, Clone, Copy)]
+pub struct GateUp<'a> {
+    /// The branch that goes through SiLU.
+    pub gate: Matrix<'a>,
+    /// The branch it is multiplied with.
+    pub up: Matrix<'a>,
+}
+
+impl<'a> GateUp<'a> {
+    /// The halves of a fused `[2F, D]` matrix, gate first. `None` when it has not 2 F D values.
+    #[must_use]
+    pub fn from_fused(fused: Matrix<'a>, dims: ExpertDims) -> Option<Self> {
+        let (gate, up) = fused.split_rows(dims.intermediate, dims.hidden)?;
+        (gate.len() == up.len()).then_some(Self { gate, up })
+    }
+}
+
+/// All weights of one expert.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertMatrices<'a> {
+    /// `[F, D]`: the branch that goes through SiLU.
+    pub gate: Matrix<'a>,
+    /// `[F, D]`: the branch it is multiplied with.
+    pub up: Matrix<'a>,
+    /// `[D, F]`
+    pub down: Matrix<'a>,
+}
+
+/// What a forward [`merge`] was called with.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeInputs<'a> {
+    /// `[N, 2F]`: pre-activation, gate then up.
+    pub pre: &'a [f32],
+    /// `[N]`: routing weight of each expanded row.
+    pub row_weights: &'a [f32],
+    /// e x `[D, F]`
+    pub w_down: &'a [Matrix<'a>],
+}
+
+/// Where [`merge_bwd`] writes.
+#[derive(Debug)]
+pub struct MergeGrads<'a> {
+    /// `[N, 2F]`, overwritten.
+    pub d_pre: &'a mut [f32],
+    /// `[N]`, overwritten.
+    pub d_row_weights: &'a mut [f32],
+    /// `[e, D, F]`, added to; `None` for frozen weights.
+    pub d_w_down: Option<&'a mut [f32]>,
+}
+
+/// Where [`scatter_bwd`] writes.
+#[derive(Debug)]
+pub struct ScatterGrads<'a> {
+    /// `[R, D]`, overwritten; `None` when nobody asks for it.
+    pub dx: Option<&'a mut [f32]>,
+    /// `[e, 2F, D]`, added to; `None` for frozen weights.
+    pub d_w_up: Option<&'a mut [f32]>,
+}
+
+/// Scattering sparse matmul: `out[n] = W_up[expert of n] x[row_idx[n]]`, gate then up.
+///
+/// - `x` `[R, D]`
+/// - `w_up` e x (`[F, D]`, `[F, D]`)
+/// - `out` `[N, 2F]`, overwritten
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape.
+pub fn scatter(
+    threads: &Threads,
+    rows: &SparseRows,
+    dims: ExpertDims,
+    x: &[f32],
+    w_up: &[GateUp<'_>],
+    out: &mut [f32],
+) -> Result<()> {
+    check::scatter(rows, dims, x.len(), w_up, out.len())?;
+    let _ = threads;
+    reference::scatter(rows, dims, x, w_up, out);
+    Ok(())
+}
+
+/// Merging sparse matmul: `y[r] = sum over expanded rows n of r, experts ascending, of W_down[expert] (w_n h_n)` with
+/// `h_n = silu(gate_n) * up_n` of the pre-activation.
+///
+/// - `inputs`: see [`MergeInputs`]
+/// - `y` `[R, D]`, overwritten; rows nobody works on become 0
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape.
+pub fn merge(
+    threads: &Threads,
+    rows: &SparseRows,
+    dims: ExpertDims,
+    inputs: MergeInputs<'_>,
+    y: &mut [f32],
+) -> Result<()> {
+    check::merge(rows, dims, &inputs, y.len())?;
+    let _ = threads;
+    reference::merge(rows, dims, inputs, y);
+    Ok(())
+}
+
+/// Gradients of [`merge`].
+///
+/// - `dy` `[R, D]`: gradient of its result
+/// - `grads`: see [`MergeGrads`]; `d_row_weights[n] = <h_n, W_down^T dy>`
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape.
+pub fn merge_bwd(
+    threads: &Threads,
+    rows: &SparseRows,
+    dims: ExpertDims,
+    inputs: MergeInputs<'_>,
+    dy: &[f32],
+    grads: MergeGrads<'_>,
+) -> Result<()> {
+    check::merge(rows, dims, &inputs, dy.len())?;
+    check::merge_grads(rows, dims, &grads)?;
+    let _ = threads;
+    reference::merge_bwd(rows, dims, inputs, dy, grads);
+    Ok(())
+}
+
+/// Gradients of [`scatter`].
+///
+/// - `d_pre` `[N, 2F]`: gradient of its result
+/// - `x`, `w_up`: as given to it
+/// - `grads`: see [`ScatterGrads`]. A row of `dx` adds experts ascending, of each the gate branch first.
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape.
+pub fn scatter_bwd(
+    threads: &Threads,
+    rows: &SparseRows,
+    dims: ExpertDims,
+    x: &[f32],
+    w_up: &[GateUp<'_>],
+    d_pre: &[f32],
+    grads: ScatterGrads<'_>,
+) -> Result<()> {
+    check::scatter(rows, dims, x.len(), w_up, d_pre.len())?;
+    check::scatter_grads(rows, dims, &grads)?;
+    let _ = threads;
+    reference::scatter_bwd(rows, dims, x, w_up, d_pre, grads);
+    Ok(())
+}
+
+/// The experts as inference needs them: [`scatter`], activation, row weight and [`merge`], nothing kept.
+///
+/// - `x` `[R, D]`
+/// - `experts` e of them
+/// - `row_weights` `[N]`
+/// - `y` `[R, D]`, overwritten
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape.
+pub fn expert_ffn(
+    threads: &Threads,
+    rows: &SparseRows,
+    dims: ExpertDims,
+    x: &[f32],
+    experts: &[ExpertMatrices<'_>],
+    row_weights: &[f32],
+    y: &mut [f32],
+) -> Result<()> {
+    check::expert_ffn(rows, dims, x.len(), experts, row_weights.len(), y.len())?;
+    let _ = threads;
+    reference::expert_ffn(rows, dims, x, experts, row_weights, y);
+    Ok(())
+}
