@@ -6,6 +6,7 @@
 //!
 //! - [`smm`]: the scattering and the merging sparse matmul, forward and backward, and the whole expert network.
 //! - [`linear`]: a dense layer, forward and backward.
+//! - [`quant`]: 8-bit and 4-bit weights, products in integers, inference only.
 //! - [`Threads`]: how many cores a call may use; each rank owns one.
 //! - [`SparseRows`]: which rows an expert works on.
 //!
@@ -17,6 +18,7 @@
 mod error;
 pub mod linear;
 mod matrix;
+pub mod quant;
 mod rows;
 pub mod smm;
 mod threads;

@@ -51,7 +51,10 @@ pub fn expert_ffn(
 }
 
 /// [`expert_ffn`] with the instructions of `isa`.
-pub(super) fn expert_ffn_with(
+///
+/// # Errors
+/// As [`expert_ffn`], and when the processor does not have the instructions.
+pub fn expert_ffn_with(
     isa: Isa,
     threads: &Threads,
     rows: &SparseRows,

@@ -29,7 +29,7 @@ mod silu;
 
 pub use encode::{ErrorStats, quantise};
 pub use error::{QuantError, Result};
-pub use ffn::{QuantisedExpert, expert_ffn};
+pub use ffn::{QuantisedExpert, expert_ffn, expert_ffn_with};
 pub use isa::Isa;
 pub use linear::{linear, linear_with};
 pub use matrix::{Format, LEVELS, Layout, PANEL_ROWS, Quantised, QuantisedBuf};
