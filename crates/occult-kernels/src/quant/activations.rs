@@ -72,7 +72,14 @@ fn row_avx2(x: &[f32], group_cols: usize, levels: &mut [i8], scales: &mut [f32],
 }
 
 /// Quantises a row, `[K]` to levels `[K']`, scales and starts `[G]`.
-fn quantise_row(isa: Isa, x: &[f32], group: usize, levels: &mut [i8], scales: &mut [f32], starts: &mut [i32]) {
+fn quantise_row(
+    isa: Isa,
+    x: &[f32],
+    group: usize,
+    levels: &mut [i8],
+    scales: &mut [f32],
+    starts: &mut [i32],
+) {
     match isa {
         // SAFETY: the drivers of this module only use instruction sets that are available.
         #[cfg(target_arch = "x86_64")]

@@ -22,13 +22,7 @@ pub fn linear(threads: &Threads, x: &[f32], w: Quantised<'_>, out: &mut [f32]) -
 ///
 /// # Errors
 /// When a length does not fit the matrix, or the processor does not have the instructions.
-pub fn linear_with(
-    isa: Isa,
-    threads: &Threads,
-    x: &[f32],
-    w: Quantised<'_>,
-    out: &mut [f32],
-) -> Result<()> {
+pub fn linear_with(isa: Isa, threads: &Threads, x: &[f32], w: Quantised<'_>, out: &mut [f32]) -> Result<()> {
     check_isa(isa)?;
     let layout = w.layout();
     let (n, k) = (layout.rows(), layout.cols());
@@ -83,9 +77,5 @@ pub(super) fn pairs_per_task(layout: &Layout, pairs: usize, threads: usize) -> u
 /// Panels `2 pair` and `2 pair + 1`, and how many of them there are.
 pub(super) fn pair_of<'a>(w: &Quantised<'a>, pair: usize) -> ([Panel<'a>; 2], usize) {
     let first = w.panel(2 * pair);
-    if 2 * pair + 1 < w.layout().panels() {
-        ([first, w.panel(2 * pair + 1)], 2)
-    } else {
-        ([first, first], 1)
-    }
+    if 2 * pair + 1 < w.layout().panels() { ([first, w.panel(2 * pair + 1)], 2) } else { ([first, first], 1) }
 }

@@ -91,10 +91,12 @@ macro_rules! tile256 {
                     for h in 0..2 {
                         let out = args.out.wrapping_add(m * TILE_COLS + 8 * h);
                         let both = _mm256_mul_ps(x_scale, scale[h]);
-                        // SAFETY: this panel's half of row `m` of the tile has 16 values.
+                        // SAFETY: this panel's half of row `m` of the tile has 16 values and starts at a multiple of 64
+                        // bytes. Volatile: otherwise the compiler keeps the tile in registers that it does not have.
                         unsafe {
-                            let sum = _mm256_cvtepi32_ps(sums[h]);
-                            _mm256_storeu_ps(out, _mm256_fmadd_ps(sum, both, _mm256_loadu_ps(out)));
+                            let before = out.cast::<__m256>().read_volatile();
+                            let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[h]), both, before);
+                            out.cast::<__m256>().write(sum);
                         }
                     }
                 }

@@ -1,4 +1,4 @@
-//! Tiles: up to 12 rows of activations times one or two panels of weights, over all columns.
+//! Tiles: up to 6 rows of activations times one or two panels of weights, over all columns.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -12,7 +12,7 @@ use super::isa::Isa;
 use super::matrix::{Format, Layout, PANEL_ROWS};
 
 /// Rows of the largest tile.
-pub(super) const MAX_ROWS: usize = 12;
+pub(super) const MAX_ROWS: usize = 6;
 /// Values of a row of a tile: two panels.
 pub(super) const TILE_COLS: usize = 2 * PANEL_ROWS;
 
@@ -65,7 +65,10 @@ pub(super) fn tile(isa: Isa, layout: &Layout, block: Block<'_>, panels: &[Panel<
     let (rows, groups) = (block.rows, layout.groups());
     assert!(rows >= 1 && rows <= isa.max_rows() && isa.available(), "rows of the block");
     assert!(block.levels.len() == rows * layout.padded_cols(), "levels of the block");
-    assert!(block.scales.len() == rows * groups && block.starts.len() == rows * groups, "scales of the block");
+    assert!(
+        block.scales.len() == rows * groups && block.starts.len() == rows * groups,
+        "scales of the block"
+    );
     let (&first, &last) = match panels {
         [one] => (one, one),
         [first, last] => (first, last),
