@@ -95,7 +95,7 @@ impl Rows {
     /// Quantises `x` `[R, K]` for weights of this layout.
     pub(super) fn new(threads: &Threads, isa: Isa, x: &[f32], layout: &Layout) -> Self {
         let (k, padded, groups) = (layout.cols(), layout.padded_cols(), layout.groups());
-        let rows = if k == 0 { 0 } else { x.len() / k };
+        let rows = x.len().checked_div(k).unwrap_or(0);
         let mut this = Self {
             levels: vec![0; rows * padded],
             scales: vec![0.0; rows * groups],

@@ -26,7 +26,7 @@ pub fn linear_with(isa: Isa, threads: &Threads, x: &[f32], w: Quantised<'_>, out
     check_isa(isa)?;
     let layout = w.layout();
     let (n, k) = (layout.rows(), layout.cols());
-    let m = if k > 0 { x.len() / k } else { out.len() / n.max(1) };
+    let m = x.len().checked_div(k).unwrap_or(out.len() / n.max(1));
     check_len("x", x.len(), m * k)?;
     check_len("out", out.len(), m * n)?;
     if m == 0 || n == 0 || k == 0 {

@@ -31,9 +31,10 @@ macro_rules! tile256 {
                 args.weight_scales[0] = args.weight_scales[p];
                 let out = args.out.wrapping_add(p * 16);
                 match (rows, q4) {
-                    // SAFETY: the caller's promise, for exactly this number of rows.
                     $(
+                        // SAFETY: the caller's promise, for exactly this number of rows.
                         ($rows, false) => unsafe { $kernel::<$rows, false>(Args { out, ..args }) },
+                        // SAFETY: as above.
                         ($rows, true) => unsafe { $kernel::<$rows, true>(Args { out, ..args }) },
                     )*
                     _ => unreachable!("tile of {rows} rows"),

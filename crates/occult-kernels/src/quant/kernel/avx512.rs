@@ -14,11 +14,14 @@ pub(super) unsafe fn tile(args: Args, rows: usize, panels: usize, q4: bool) {
     macro_rules! call {
         ($($m:literal)*) => {
             match (rows, panels, q4) {
-                // SAFETY: the caller's promise, for exactly these numbers of rows and panels.
                 $(
+                    // SAFETY: the caller's promise, for exactly these numbers of rows and panels.
                     ($m, 1, false) => unsafe { kernel::<$m, 1, false>(args) },
+                    // SAFETY: as above.
                     ($m, 1, true) => unsafe { kernel::<$m, 1, true>(args) },
+                    // SAFETY: as above.
                     ($m, _, false) => unsafe { kernel::<$m, 2, false>(args) },
+                    // SAFETY: as above.
                     ($m, _, true) => unsafe { kernel::<$m, 2, true>(args) },
                 )*
                 _ => unreachable!("tile of {rows} rows"),
@@ -94,9 +97,9 @@ unsafe fn kernel<const M: usize, const P: usize, const Q4: bool>(args: Args) {
         starts = starts.wrapping_add(M);
     }
     for (m, total) in total.iter().enumerate() {
-        for p in 0..P {
+        for (p, total) in total.iter().enumerate() {
             // SAFETY: row `m` of the tile has 32 values.
-            unsafe { _mm512_storeu_ps(args.out.add(m * TILE_COLS + p * 16), total[p]) };
+            unsafe { _mm512_storeu_ps(args.out.add(m * TILE_COLS + p * 16), *total) };
         }
     }
 }
