@@ -15,14 +15,18 @@
 //! rows of the expert only: never on the number of threads, nor on where a row or a column stands. A merge adds
 //! experts ascending.
 
+mod core;
 mod error;
 pub mod linear;
 mod matrix;
+pub mod peak;
 pub mod quant;
 mod rows;
+mod simd;
 pub mod smm;
 mod threads;
 
+pub use crate::core::isa::InstructionSet;
 pub use error::{KernelError, Result};
 pub use matrix::Matrix;
 pub use rows::SparseRows;

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
+use crate::core::isa::{InstructionSet, Isa};
+
 /// The cores one rank may use. A clone shares the same workers; they end with the last clone.
 ///
 /// Workers wait for work by looking for a few microseconds and then sleeping. A call takes whichever workers come in
@@ -16,6 +18,7 @@ use std::thread::{JoinHandle, Thread};
 #[derive(Clone)]
 pub struct Threads {
     owner: Arc<Owner>,
+    isa: &'static Isa,
 }
 
 struct Owner {
@@ -94,7 +97,24 @@ impl Threads {
                 Err(_) => break,
             }
         }
-        Self { owner: Arc::new(Owner { pool, workers }) }
+        Self { owner: Arc::new(Owner { pool, workers }), isa: Isa::best() }
+    }
+
+    /// The same workers, with kernels of another instruction set than the fastest. `None` where the processor does not
+    /// have it.
+    #[must_use]
+    pub fn with_instruction_set(&self, set: InstructionSet) -> Option<Self> {
+        Some(Self { owner: Arc::clone(&self.owner), isa: Isa::get(set)? })
+    }
+
+    /// The instruction set of the kernels.
+    #[must_use]
+    pub fn instruction_set(&self) -> InstructionSet {
+        self.isa.set
+    }
+
+    pub(crate) fn isa(&self) -> &'static Isa {
+        self.isa
     }
 
     /// Threads of this budget, the calling one included.
@@ -141,7 +161,10 @@ impl Threads {
 
 impl fmt::Debug for Threads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Threads").field("count", &self.count()).finish()
+        f.debug_struct("Threads")
+            .field("count", &self.count())
+            .field("instruction_set", &self.instruction_set())
+            .finish()
     }
 }
 
@@ -287,6 +310,11 @@ impl<T> SendPtr<T> {
     pub(crate) fn get(&self) -> *mut T {
         self.0
     }
+}
+
+/// A slice that tasks only read, as a pointer.
+pub(crate) fn input<T>(slice: &[T]) -> SendPtr<T> {
+    SendPtr(slice.as_ptr().cast_mut())
 }
 
 // SAFETY: following the pointer is unsafe, and whoever does it answers for the parts being disjoint.

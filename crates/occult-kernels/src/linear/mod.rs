@@ -2,7 +2,10 @@
 
 pub mod reference;
 
+use crate::core::divide::run;
+use crate::core::product::{FEW_ROWS, Left, Product, Right, Target};
 use crate::error::expect_len;
+use crate::threads::{SendPtr, input};
 use crate::{Matrix, Result, Threads};
 
 /// Sizes of one dense product.
@@ -26,8 +29,18 @@ pub struct LinearDims {
 /// [`crate::KernelError::Length`] when a slice does not have its shape.
 pub fn linear(threads: &Threads, dims: LinearDims, x: &[f32], w: Matrix<'_>, out: &mut [f32]) -> Result<()> {
     check(dims, x.len(), w.len(), out.len())?;
-    let _ = threads;
-    reference::linear(dims, x, w, out);
+    let LinearDims { rows: m, out: n, inner: k } = dims;
+    let product = Product {
+        m,
+        n,
+        k,
+        a: Left { data: input(x), stride: k, idx: None, by_steps: false },
+        b: Right::Transposed { matrix: w },
+        c: Target { to: SendPtr(out.as_mut_ptr()), stride: n, idx: None, add: false },
+        few_rows: m <= FEW_ROWS,
+    };
+    // SAFETY: `check` compared every slice with its shape; `out` is borrowed mutably.
+    unsafe { run(threads, &[product]) };
     Ok(())
 }
 
@@ -47,8 +60,18 @@ pub fn linear_bwd_x(
     dx: &mut [f32],
 ) -> Result<()> {
     check(dims, dx.len(), w.len(), dout.len())?;
-    let _ = threads;
-    reference::linear_bwd_x(dims, dout, w, dx);
+    let LinearDims { rows: m, out: n, inner: k } = dims;
+    let product = Product {
+        m,
+        n: k,
+        k: n,
+        a: Left { data: input(dout), stride: n, idx: None, by_steps: false },
+        b: Right::Plain { matrix: w, idx: None },
+        c: Target { to: SendPtr(dx.as_mut_ptr()), stride: k, idx: None, add: false },
+        few_rows: false,
+    };
+    // SAFETY: `check` compared every slice with its shape; `dx` is borrowed mutably.
+    unsafe { run(threads, &[product]) };
     Ok(())
 }
 
@@ -68,8 +91,18 @@ pub fn linear_bwd_w(
     dw: &mut [f32],
 ) -> Result<()> {
     check(dims, x.len(), dw.len(), dout.len())?;
-    let _ = threads;
-    reference::linear_bwd_w(dims, dout, x, dw);
+    let LinearDims { rows: m, out: n, inner: k } = dims;
+    let product = Product {
+        m: n,
+        n: k,
+        k: m,
+        a: Left { data: input(dout), stride: n, idx: None, by_steps: true },
+        b: Right::Plain { matrix: Matrix::F32(x), idx: None },
+        c: Target { to: SendPtr(dw.as_mut_ptr()), stride: k, idx: None, add: true },
+        few_rows: false,
+    };
+    // SAFETY: `check` compared every slice with its shape; `dw` is borrowed mutably.
+    unsafe { run(threads, &[product]) };
     Ok(())
 }
 

@@ -3,7 +3,10 @@
 //! [`scatter`] is the first half of an expert (few rows become more), [`merge`] the second (more rows add into fewer).
 //! [`expert_ffn`] does both for inference and keeps nothing. `reference` holds the definitions.
 
+mod backward;
 mod check;
+mod forward;
+mod pieces;
 pub mod reference;
 
 use crate::{Matrix, Result, SparseRows, Threads};
@@ -94,8 +97,7 @@ pub fn scatter(
     out: &mut [f32],
 ) -> Result<()> {
     check::scatter(rows, dims, x.len(), w_up, out.len())?;
-    let _ = threads;
-    reference::scatter(rows, dims, x, w_up, out);
+    forward::scatter(threads, rows, dims, x, w_up, out);
     Ok(())
 }
 
@@ -115,8 +117,7 @@ pub fn merge(
     y: &mut [f32],
 ) -> Result<()> {
     check::merge(rows, dims, &inputs, y.len())?;
-    let _ = threads;
-    reference::merge(rows, dims, inputs, y);
+    forward::merge(threads, rows, dims, inputs, y);
     Ok(())
 }
 
@@ -137,8 +138,7 @@ pub fn merge_bwd(
 ) -> Result<()> {
     check::merge(rows, dims, &inputs, dy.len())?;
     check::merge_grads(rows, dims, &grads)?;
-    let _ = threads;
-    reference::merge_bwd(rows, dims, inputs, dy, grads);
+    backward::merge_bwd(threads, rows, dims, inputs, dy, grads);
     Ok(())
 }
 
@@ -161,8 +161,7 @@ pub fn scatter_bwd(
 ) -> Result<()> {
     check::scatter(rows, dims, x.len(), w_up, d_pre.len())?;
     check::scatter_grads(rows, dims, &grads)?;
-    let _ = threads;
-    reference::scatter_bwd(rows, dims, x, w_up, d_pre, grads);
+    backward::scatter_bwd(threads, rows, dims, x, w_up, d_pre, grads);
     Ok(())
 }
 
@@ -185,7 +184,6 @@ pub fn expert_ffn(
     y: &mut [f32],
 ) -> Result<()> {
     check::expert_ffn(rows, dims, x.len(), experts, row_weights.len(), y.len())?;
-    let _ = threads;
-    reference::expert_ffn(rows, dims, x, experts, row_weights, y);
+    forward::expert_ffn(threads, rows, dims, x, experts, row_weights, y);
     Ok(())
 }

@@ -1,0 +1,238 @@
+//! The kernels compiled for each instruction set, and the choice of one.
+
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+
+use super::activation::{SwigluBwd, swiglu, swiglu_bwd};
+use super::dot::{self, Dot};
+use super::pack::{self, Panel};
+use super::tile::tile;
+use super::{A_STRIDE, MAX_TILE_ROWS};
+use crate::simd::{Scalar, Simd};
+
+/// Vector instructions the kernels are compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum InstructionSet {
+    /// Plain Rust; anywhere.
+    Scalar,
+    /// aarch64.
+    Neon,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F.
+    Avx512,
+}
+
+impl InstructionSet {
+    /// What this processor has, slowest first. [`InstructionSet::Scalar`] is always there.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let all = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512];
+        all.into_iter().filter(|&set| Isa::get(set).is_some()).collect()
+    }
+
+    /// The fastest this processor has.
+    #[must_use]
+    pub fn best() -> Self {
+        Isa::best().set
+    }
+
+    /// Lower-case name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Neon => "neon",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+}
+
+type TileFn = unsafe fn(usize, *const f32, *const f32, *const *mut f32, bool);
+
+/// Kernels that read a stored type.
+pub(crate) struct ForType<T: 'static> {
+    pub(crate) pack_transposed: unsafe fn(&Panel<T>, *mut f32),
+    pub(crate) pack_plain: unsafe fn(&Panel<T>, *const u32, *mut f32),
+    /// For 1, 2, .. x rows.
+    pub(crate) dot: &'static [unsafe fn(&Dot<T>)],
+}
+
+/// All kernels of one instruction set. Calling one is sound only where the processor has it: [`Isa::get`] checks.
+pub(crate) struct Isa {
+    pub(crate) set: InstructionSet,
+    /// Columns of a tile.
+    pub(crate) tile_cols: usize,
+    /// Tiles of 1, 2, .. rows; A packed as rows [`A_STRIDE`] apart.
+    pub(crate) tile_rows: &'static [TileFn],
+    /// The same; A packed as steps of [`MAX_TILE_ROWS`].
+    pub(crate) tile_steps: &'static [TileFn],
+    pub(crate) f32: ForType<f32>,
+    pub(crate) bf16: ForType<bf16>,
+    pub(crate) f16: ForType<f16>,
+    pub(crate) swiglu: unsafe fn(usize, *const f32, *const f32, f32, *mut f32),
+    pub(crate) swiglu_bwd: unsafe fn(&SwigluBwd) -> f32,
+    /// `calls` rounds of 24 independent multiply-adds of a vector; returns their sum. For [`crate::peak`].
+    pub(crate) fma_loop: unsafe fn(usize) -> f32,
+    /// Sum of the values behind the pointer. For [`crate::peak`].
+    pub(crate) read_loop: unsafe fn(usize, *const f32) -> f32,
+    /// Lanes of a vector.
+    pub(crate) lanes: usize,
+}
+
+impl Isa {
+    /// The fastest kernels this processor can run; looked up once.
+    pub(crate) fn best() -> &'static Isa {
+        static BEST: OnceLock<&'static Isa> = OnceLock::new();
+        BEST.get_or_init(|| {
+            InstructionSet::available().into_iter().filter_map(Isa::get).next_back().unwrap_or(&scalar::ISA)
+        })
+    }
+
+    /// The kernels of `set`, if the processor has it.
+    pub(crate) fn get(set: InstructionSet) -> Option<&'static Isa> {
+        match set {
+            InstructionSet::Scalar => Some(&scalar::ISA),
+            #[cfg(all(target_arch = "x86_64", not(miri)))]
+            InstructionSet::Avx2 => (is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c"))
+            .then_some(&avx2::ISA),
+            #[cfg(all(target_arch = "x86_64", not(miri)))]
+            InstructionSet::Avx512 => is_x86_feature_detected!("avx512f").then_some(&avx512::ISA),
+            #[cfg(all(target_arch = "aarch64", not(miri)))]
+            InstructionSet::Neon => Some(&neon::ISA),
+            #[allow(unreachable_patterns, reason = "the sets of other processors")]
+            _ => None,
+        }
+    }
+}
+
+/// See [`Isa::fma_loop`].
+#[inline(always)]
+unsafe fn fma_loop<S: Simd>(calls: usize) -> f32 {
+    // SAFETY: the caller's promise; no memory is touched.
+    unsafe {
+        let mut acc = [S::splat(1.0); 24];
+        let (a, b) = (S::splat(std::hint::black_box(0.5)), S::splat(std::hint::black_box(1.0)));
+        for _ in 0..calls {
+            for acc in &mut acc {
+                *acc = S::mul_add(a, *acc, b);
+            }
+        }
+        acc.iter().map(|&acc| S::sum(acc)).sum()
+    }
+}
+
+/// See [`Isa::read_loop`].
+#[inline(always)]
+unsafe fn read_loop<S: Simd>(len: usize, from: *const f32) -> f32 {
+    // SAFETY: the caller's promise: `len` values.
+    unsafe {
+        let mut acc = [S::splat(0.0); 8];
+        for block in 0..len / (8 * S::LANES) {
+            for (j, acc) in acc.iter_mut().enumerate() {
+                *acc = S::add(*acc, S::load(from.add((block * 8 + j) * S::LANES)));
+            }
+        }
+        acc.iter().map(|&acc| S::sum(acc)).sum()
+    }
+}
+
+/// Compiles every kernel with the given features and fills the table.
+macro_rules! isa {
+    ($module:ident, $simd:ty, $set:ident, vectors $nv:literal, rows [$($mr:literal)*], dot $wr:literal x [$($xr:literal)*]
+     $(, features $features:literal)?) => {
+        mod $module {
+            use super::*;
+            use crate::simd::Stored;
+
+            // SAFETY of the functions: each has the contract of the generic kernel it compiles, and is called only
+            // after `Isa::get` has found the features.
+            $(#[target_feature(enable = $features)])?
+            unsafe fn by_rows<const MR: usize>(
+                k: usize, a: *const f32, b: *const f32, c: *const *mut f32, add: bool,
+            ) {
+                // SAFETY: see above.
+                unsafe { tile::<$simd, MR, $nv, A_STRIDE, 1>(k, a, b, c, add) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn by_steps<const MR: usize>(
+                k: usize, a: *const f32, b: *const f32, c: *const *mut f32, add: bool,
+            ) {
+                // SAFETY: see above.
+                unsafe { tile::<$simd, MR, $nv, 1, MAX_TILE_ROWS>(k, a, b, c, add) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn transposed<T: Stored>(panel: &Panel<T>, to: *mut f32) {
+                // SAFETY: see above.
+                unsafe { pack::transposed::<$simd, T, $nv>(panel, to) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn plain<T: Stored>(panel: &Panel<T>, idx: *const u32, to: *mut f32) {
+                // SAFETY: see above.
+                unsafe { pack::plain::<$simd, T, $nv>(panel, idx, to) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn dots<T: Stored, const XR: usize>(dot: &Dot<T>) {
+                // SAFETY: see above.
+                unsafe { dot::rows::<$simd, T, $wr, XR>(dot) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn activate(len: usize, gate: *const f32, up: *const f32, weight: f32, out: *mut f32) {
+                // SAFETY: see above.
+                unsafe { swiglu::<$simd>(len, gate, up, weight, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn activate_bwd(row: &SwigluBwd) -> f32 {
+                // SAFETY: see above.
+                unsafe { swiglu_bwd::<$simd>(row) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn fmas(calls: usize) -> f32 {
+                // SAFETY: see above.
+                unsafe { fma_loop::<$simd>(calls) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn reads(len: usize, from: *const f32) -> f32 {
+                // SAFETY: see above.
+                unsafe { read_loop::<$simd>(len, from) }
+            }
+
+            const fn for_type<T: Stored>() -> ForType<T> {
+                ForType {
+                    pack_transposed: transposed::<T>,
+                    pack_plain: plain::<T>,
+                    dot: const { &[$(dots::<T, $xr>),*] },
+                }
+            }
+
+            pub(super) static ISA: Isa = Isa {
+                set: InstructionSet::$set,
+                tile_cols: $nv * <$simd>::LANES,
+                tile_rows: &[$(by_rows::<$mr>),*],
+                tile_steps: &[$(by_steps::<$mr>),*],
+                f32: for_type(),
+                bf16: for_type(),
+                f16: for_type(),
+                swiglu: activate,
+                swiglu_bwd: activate_bwd,
+                fma_loop: fmas,
+                read_loop: reads,
+                lanes: <$simd>::LANES,
+            };
+        }
+    };
+}
+
+isa!(scalar, Scalar, Scalar, vectors 2, rows [1 2 3 4], dot 2 x [1 2]);
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+isa!(avx2, crate::simd::Avx2, Avx2, vectors 2, rows [1 2 3 4 5 6], dot 2 x [1 2 3 4], features "avx2,fma,f16c");
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+isa!(avx512, crate::simd::Avx512, Avx512, vectors 2, rows [1 2 3 4 5 6 7 8 9 10 11 12 13 14],
+    dot 4 x [1 2 3 4 5 6], features "avx512f");
+#[cfg(all(target_arch = "aarch64", not(miri)))]
+isa!(neon, crate::simd::Neon, Neon, vectors 4, rows [1 2 3 4 5 6], dot 4 x [1 2 3 4], features "neon");

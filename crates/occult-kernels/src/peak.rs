@@ -1,0 +1,51 @@
+//! What the machine can do, measured: the limits other figures are compared with.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::Threads;
+
+/// GFLOP/s of multiply-adds on all threads, for `rounds` rounds (a round is some 10 ms). The best round counts.
+#[must_use]
+pub fn fma_gflops(threads: &Threads, rounds: usize) -> f64 {
+    const CALLS: usize = 1 << 20;
+    let isa = threads.isa();
+    // Multiply and add, 24 vectors a call.
+    let flop = 2.0 * (24 * isa.lanes * CALLS * threads.count()) as f64;
+    best(rounds, || {
+        threads.for_each(threads.count(), |_| {
+            // SAFETY: touches no memory, and the instructions are there because `isa` is.
+            black_box(unsafe { (isa.fma_loop)(black_box(CALLS)) });
+        });
+    })
+    .map_or(0.0, |seconds| flop / seconds / 1e9)
+}
+
+/// GB/s of reading `len_bytes` of memory from end to end on all threads, `rounds` times. The best round counts. With
+/// much more than the last cache holds this is the speed of memory.
+#[must_use]
+pub fn read_gb_per_s(threads: &Threads, len_bytes: usize, rounds: usize) -> f64 {
+    let data = vec![1.0_f32; len_bytes / size_of::<f32>()];
+    let isa = threads.isa();
+    let piece = 1 << 18;
+    best(rounds, || {
+        threads.for_each(data.len().div_ceil(piece), |task| {
+            let part = &data[task * piece..data.len().min((task + 1) * piece)];
+            // SAFETY: reads the values of `part`; the instructions are there because `isa` is.
+            black_box(unsafe { (isa.read_loop)(part.len(), part.as_ptr()) });
+        });
+    })
+    .map_or(0.0, |seconds| (data.len() * size_of::<f32>()) as f64 / seconds / 1e9)
+}
+
+/// Seconds of the fastest of `rounds` calls.
+fn best(rounds: usize, mut call: impl FnMut()) -> Option<f64> {
+    (0..rounds)
+        .map(|_| {
+            let start = Instant::now();
+            call();
+            start.elapsed().as_secs_f64()
+        })
+        .filter(|&seconds| seconds > 0.0)
+        .min_by(f64::total_cmp)
+}
