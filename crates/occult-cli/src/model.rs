@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use occult_formats::{ProfileMeta, RouterInfo, Scoring};
-use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, TextTokenizer};
+use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, TextTokenizer, Threads};
 
 use crate::model_args::LoadArgs;
 use crate::progress;
@@ -14,11 +14,7 @@ const WINDOW: usize = 2048;
 
 /// Loads a model with all experts in this process.
 pub(crate) fn load(args: &LoadArgs) -> Result<Decoder> {
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1));
-        pool.build_global().context("cannot start worker threads")?;
-    }
-    let options = LoadOptions { dtype: args.dtype.map(|d| d.stored()) };
+    let options = LoadOptions { dtype: args.dtype.map(|d| d.stored()), threads: args.threads.map(Threads::new) };
     let files = ModelFiles::open(&args.model, options)?;
     let spinner = progress::spinner(&format!("loading {}", args.model.display()));
     let decoder = files.load();

@@ -7,6 +7,7 @@
 //! - [`smm`]: the scattering and the merging sparse matmul, forward and backward, and the whole expert network.
 //! - [`linear`]: a dense layer, forward and backward.
 //! - [`quant`]: 8-bit and 4-bit weights, products in integers, inference only.
+//! - `ops` (feature `candle`): operations on candle tensors with forward and backward.
 //! - [`Threads`]: how many cores a call may use; each rank owns one.
 //! - [`SparseRows`]: which rows an expert works on.
 //!
@@ -19,6 +20,8 @@ mod core;
 mod error;
 pub mod linear;
 mod matrix;
+#[cfg(feature = "candle")]
+pub mod ops;
 pub mod peak;
 pub mod quant;
 mod rows;

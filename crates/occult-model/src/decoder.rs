@@ -1,76 +1,31 @@
 //! The decoder: embedding, layers, output. One for all families.
 
-use candle_core::{DType, Device, Tensor};
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use occult_kernels::Threads;
 
 use crate::batch::Batch;
 use crate::error::{ModelError, Result};
-use crate::kv_cache::{KvCache, LayerCache};
-use crate::layers::{GroupedAttention, LatentAttention, Linear, Mlp, RmsNorm, Rope, Rotation};
-use crate::mask::masks;
-use crate::moe::{MoeLayer, RoutingObserver, RoutingRecord};
+use crate::kv_cache::KvCache;
+use crate::layer::Layer;
+use crate::layers::{Linear, MatrixParameter, RmsNorm, Rope, View};
+use crate::moe::{RoutingObserver, RoutingRecord};
+use crate::parameters::ModelParameters;
 use crate::spec::ModelSpec;
 
-/// A model with its weights.
+/// A model with its weights, as stored or as variables, and the threads it may use.
 #[derive(Debug)]
 pub struct Decoder {
     pub(crate) spec: ModelSpec,
-    pub(crate) embedding: Tensor,
-    pub(crate) layers: Vec<Layer>,
+    pub(crate) threads: Threads,
+    pub(crate) embedding: MatrixParameter,
+    pub(crate) layers: Vec<Arc<Layer>>,
     pub(crate) norm: RmsNorm,
     pub(crate) output: Linear,
     pub(crate) rope: Rope,
-}
-
-#[derive(Debug)]
-pub(crate) struct Layer {
-    pub(crate) attention_norm: RmsNorm,
-    pub(crate) attention: Attention,
-    pub(crate) ffn_norm: RmsNorm,
-    pub(crate) ffn: Ffn,
-}
-
-#[derive(Debug)]
-pub(crate) enum Attention {
-    Grouped(GroupedAttention),
-    Latent(LatentAttention),
-}
-
-impl Attention {
-    fn forward(
-        &self,
-        x: &Tensor,
-        rotation: &Rotation,
-        mask: Option<&Tensor>,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<Tensor> {
-        match self {
-            Attention::Grouped(a) => a.forward(x, rotation, mask, cache),
-            Attention::Latent(a) => a.forward(x, rotation, mask, cache),
-        }
-    }
-}
-
-#[derive(Debug)]
-pub(crate) enum Ffn {
-    Dense(Mlp),
-    Moe { routed: Box<dyn MoeLayer>, shared: Option<SharedExpert> },
-}
-
-/// The expert that every token visits; with a gate, its output is multiplied by `sigmoid(gate(x))`.
-#[derive(Debug)]
-pub(crate) struct SharedExpert {
-    pub(crate) mlp: Mlp,
-    pub(crate) gate: Option<Linear>,
-}
-
-impl SharedExpert {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.mlp.forward(x)?;
-        Ok(match &self.gate {
-            Some(gate) => y.broadcast_mul(&candle_nn::ops::sigmoid(&gate.forward(x)?)?)?,
-            None => y,
-        })
-    }
+    /// The variables it was made from, when it is for training.
+    pub(crate) parameters: Option<ModelParameters>,
 }
 
 /// Which logits are computed.
@@ -86,6 +41,11 @@ impl Decoder {
     /// What it is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
+    }
+
+    /// The threads it may use.
+    pub fn threads(&self) -> &Threads {
+        &self.threads
     }
 
     /// An empty cache for [`forward`](Self::forward).
@@ -110,44 +70,26 @@ impl Decoder {
         let positions: Vec<usize> =
             padding.iter().flat_map(|p| (past..past + t).map(move |i| i.saturating_sub(*p))).collect();
         let rotation = self.rope.at(&positions, b)?;
-        let masks = masks(&self.spec, past, t, &padding)?;
+        let padded = padding.iter().any(|&p| p > 0);
+        let view = View { past, padding: padded.then(|| padding.as_slice().into()), window: None, starts: None };
         let is_token: Option<Vec<bool>> = padding
             .iter()
             .any(|&p| p > past)
             .then(|| padding.iter().flat_map(|p| (past..past + t).map(move |i| i >= *p)).collect());
 
-        let ids = Tensor::from_slice(batch.ids(), b * t, &Device::Cpu)?;
-        let embedded = self.embedding.index_select(&ids, 0)?.to_dtype(DType::F32)?;
-        let mut x = embedded.reshape((b, t, self.spec.hidden_size))?;
+        let mut x = self.embedding.rows(batch.ids())?.reshape((b, t, self.spec.hidden_size))?;
         let mut moe_layer = 0;
         for (i, layer) in self.layers.iter().enumerate() {
             let layer_cache = cache.as_deref_mut().and_then(|c| c.layers.get_mut(i));
-            let mask = masks.get(self.spec.layers[i].sliding_window);
-            let normed = layer.attention_norm.forward(&x)?;
-            x = (x + layer.attention.forward(&normed, &rotation, mask, layer_cache)?)?;
-            let normed = layer.ffn_norm.forward(&x)?;
-            let y = match &layer.ffn {
-                Ffn::Dense(mlp) => mlp.forward(&normed)?,
-                Ffn::Moe { routed, shared } => {
-                    let rows = normed.reshape((b * t, self.spec.hidden_size))?;
-                    let (mut y, routing) = routed.forward(&rows)?;
-                    if let Some(observer) = observer.as_deref_mut() {
-                        let is_token = is_token.as_deref();
-                        observer.record(&RoutingRecord {
-                            layer: i,
-                            moe_layer,
-                            routing: &routing,
-                            is_token,
-                        })?;
-                    }
-                    moe_layer += 1;
-                    if let Some(shared) = shared {
-                        y = (y + shared.forward(&rows)?)?;
-                    }
-                    y.reshape((b, t, self.spec.hidden_size))?
-                }
-            };
-            x = (x + y)?;
+            let (y, routed) = layer.forward(&x, &rotation, &view, layer_cache)?;
+            x = y;
+            let Some(routed) = routed else { continue };
+            if let Some(observer) = observer.as_deref_mut() {
+                let is_token = is_token.as_deref();
+                let routing = &routed.routing;
+                observer.record(&RoutingRecord { layer: i, moe_layer, routing, is_token })?;
+            }
+            moe_layer += 1;
         }
         if logits == Logits::Last {
             x = x.narrow(1, t - 1, 1)?;

@@ -61,6 +61,17 @@ pub enum ModelError {
         /// What the library said.
         source: candle_core::Error,
     },
+    /// The routed experts of a layer could not run.
+    #[error("layer {layer}: {source}")]
+    Moe {
+        /// The model's layer.
+        layer: usize,
+        /// Why.
+        source: occult_moe::MoeError,
+    },
+    /// A kernel refused its arguments.
+    #[error(transparent)]
+    Kernel(#[from] occult_kernels::KernelError),
     /// A placement that does not fit.
     #[error(transparent)]
     Plan(#[from] occult_plan::PlanError),

@@ -1,25 +1,73 @@
 //! Keys and values of the positions that were already computed.
 
-use candle_core::Tensor;
-use candle_nn::kv_cache::KvCache as Growing;
+use candle_core::{DType, Device, Tensor};
 
-use crate::error::Result;
+use crate::error::{ModelError, Result};
 
-/// Positions by which a cache grows.
-const STEP: usize = 256;
+/// Fewest positions that room is made for.
+const FIRST: usize = 64;
 
 /// One layer: two tensors `[B, h, S, d]` that grow along `S` (keys and values, or latents and rotary keys).
-#[derive(Debug, Clone)]
-pub(crate) struct LayerCache(Growing);
+///
+/// Room doubles when it is used up, so a position is copied once or twice in all. Views that [`append`](Self::append)
+/// gave out show the same memory: they stay valid because positions are only added behind them.
+#[derive(Debug, Default)]
+pub(crate) struct LayerCache {
+    rooms: Option<(Tensor, Tensor)>,
+    len: usize,
+}
 
 impl LayerCache {
-    /// Appends `[B, h, T, d]` each and returns everything so far.
+    /// Appends `[B, h, T, d]` each and returns views of everything so far.
     pub(crate) fn append(&mut self, a: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok(self.0.append(&a.contiguous()?, &b.contiguous()?)?)
+        let (a_room, b_room) = match self.rooms.take() {
+            Some((a_room, b_room)) => (self.make_room(a_room, a)?, self.make_room(b_room, b)?),
+            None => (new_room(a, a.dim(2)?)?, new_room(b, b.dim(2)?)?),
+        };
+        a_room.slice_set(&a.contiguous()?, 2, self.len)?;
+        b_room.slice_set(&b.contiguous()?, 2, self.len)?;
+        self.len += a.dim(2)?;
+        let so_far = (a_room.narrow(2, 0, self.len)?, b_room.narrow(2, 0, self.len)?);
+        self.rooms = Some((a_room, b_room));
+        Ok(so_far)
+    }
+
+    /// `room`, or a larger one with the same positions, that also holds those of `new`.
+    fn make_room(&self, room: Tensor, new: &Tensor) -> Result<Tensor> {
+        let (b, h, capacity, d) = room.dims4()?;
+        let (new_b, new_h, t, new_d) = new.dims4()?;
+        if (b, h, d) != (new_b, new_h, new_d) {
+            return Err(ModelError::request(format!(
+                "a cache of {b} sequences, {h} heads of {d} is given {new_b}, {new_h} of {new_d}"
+            )));
+        }
+        if self.len + t <= capacity {
+            return Ok(room);
+        }
+        let larger = new_room(new, self.len + t)?;
+        larger.slice_set(&room.narrow(2, 0, self.len)?.contiguous()?, 2, 0)?;
+        Ok(larger)
     }
 }
 
-/// The cache of a batch of sequences, filled by [`Decoder::forward`](crate::Decoder::forward).
+impl Clone for LayerCache {
+    /// The copy has its own memory: both can go on differently.
+    fn clone(&self) -> Self {
+        let copy = |t: &Tensor| t.copy().unwrap_or_else(|_| t.clone());
+        let rooms = self.rooms.as_ref().map(|(a, b)| (copy(a), copy(b)));
+        Self { rooms, len: self.len }
+    }
+}
+
+/// Room like `like` `[B, h, _, d]` for at least `len` positions.
+fn new_room(like: &Tensor, len: usize) -> Result<Tensor> {
+    let (b, h, _, d) = like.dims4()?;
+    // One more, so that the first token after a prompt of a round length has room.
+    let capacity = (len + 1).next_power_of_two().max(FIRST);
+    Ok(Tensor::zeros((b, h, capacity, d), DType::F32, &Device::Cpu)?)
+}
+
+/// The cache of a batch of sequences, filled by [`Decoder::forward`](crate::Decoder::forward). A clone is a copy.
 #[derive(Debug, Clone)]
 pub struct KvCache {
     pub(crate) layers: Vec<LayerCache>,
@@ -32,8 +80,11 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache for a model with this many layers.
     pub(crate) fn new(num_layers: usize) -> Self {
-        let layer = LayerCache(Growing::new(2, STEP));
-        Self { layers: vec![layer; num_layers], len: 0, padding: Vec::new() }
+        Self {
+            layers: (0..num_layers).map(|_| LayerCache::default()).collect(),
+            len: 0,
+            padding: Vec::new(),
+        }
     }
 
     /// Positions so far, padding included.
@@ -44,5 +95,33 @@ impl KvCache {
     /// True before the first batch.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(from: usize, t: usize) -> Tensor {
+        let values: Vec<f32> = (0..2 * 3 * t * 4).map(|i| (from * 1000 + i) as f32).collect();
+        Tensor::from_vec(values, (2, 3, t, 4), &Device::Cpu).expect("shape")
+    }
+
+    #[test]
+    fn pieces_follow_each_other_and_clones_go_their_own_way() -> Result<()> {
+        let mut cache = LayerCache::default();
+        let pieces: Vec<Tensor> = [50, 1, 30, 1, 200].into_iter().enumerate().map(|(i, t)| rows(i, t)).collect();
+        for i in 0..pieces.len() {
+            let mut other = cache.clone();
+            let (k, v) = cache.append(&pieces[i], &pieces[i])?;
+            let want = Tensor::cat(&pieces[..=i], 2)?;
+            for got in [&k, &v] {
+                assert_eq!((got - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
+            }
+            other.append(&rows(77, 3), &rows(77, 3))?;
+            assert_eq!((k - &want)?.abs()?.max_all()?.to_scalar::<f32>()?, 0.0);
+        }
+        assert!(cache.append(&rows(0, 1).narrow(0, 0, 1)?, &rows(0, 1)).is_err());
+        Ok(())
     }
 }

@@ -13,22 +13,25 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod batch;
+mod build;
 mod decoder;
 pub mod error;
 pub mod eval;
 mod generate;
 pub mod hf;
 mod kv_cache;
+mod layer;
 mod layers;
 mod load;
-mod mask;
 mod moe;
+mod parameters;
 mod permute;
 mod rewrite;
 mod sample;
 pub mod spec;
 #[cfg(feature = "tokenizer")]
 mod text;
+mod train;
 mod weight;
 
 pub use batch::Batch;
@@ -38,11 +41,16 @@ pub use generate::{GenerateOptions, Generated, PREFILL_CHUNK, Stop, all_logits, 
 pub use kv_cache::KvCache;
 pub use layers::{Linear, Mlp};
 pub use load::{LoadOptions, MakeMoeLayer, ModelFiles};
-pub use moe::{ExpertWeights, LocalExperts, MoeLayer, Router, RoutingObserver, RoutingRecord};
+pub use moe::{
+    ExpertWeights, LocalExperts, MoeLayer, MoeOutput, Router, RoutingObserver, RoutingRecord, Shared, StackedExperts,
+};
+pub use parameters::{Gradient, ModelParameters, Parameter, ParameterKind};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use rewrite::{ConvertOptions, convert};
+pub use occult_kernels::Threads;
 pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};
 #[cfg(feature = "tokenizer")]
 pub use text::{Message, TextTokenizer};
+pub use train::{IGNORE, TrainBatch, TrainOptions, TrainOutput};
 pub use weight::{StoredDtype, Values, Weight};

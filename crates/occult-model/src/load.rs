@@ -1,26 +1,30 @@
 //! From a directory to a [`Decoder`].
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use candle_core::Tensor;
-use rayon::prelude::*;
+use occult_kernels::Threads;
 
-use crate::decoder::{Attention, Decoder, Ffn, Layer, SharedExpert};
+use crate::build::{Source, build};
+use crate::decoder::Decoder;
 use crate::error::{ModelError, Result};
 use crate::hf::{Checkpoint, ExpertLayout, Matrix, Names, read_spec};
-use crate::layers::{GroupedAttention, LatentAttention, Linear, Mlp, Queries, RmsNorm, Rope};
+use crate::layers::MatrixParameter;
 use crate::moe::{ExpertWeights, LocalExperts, MoeLayer, Router};
-use crate::spec::{AttentionSpec, ModelSpec, QkNorm};
+use crate::spec::ModelSpec;
 use crate::weight::{StoredDtype, Weight};
 
 /// Makes the routed part of one MoE layer from the files and the layer's number.
 pub type MakeMoeLayer<'a> = dyn FnMut(&ModelFiles, usize) -> Result<Box<dyn MoeLayer>> + 'a;
 
 /// How weights are read.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct LoadOptions {
-    /// Format in which weights are held; as stored when `None`, without a copy of the experts. Arithmetic is f32.
+    /// Format in which weights are held; as stored when `None`: then they stay in the mapped file. Arithmetic is f32.
     pub dtype: Option<StoredDtype>,
+    /// What loading and the model may use; as many threads as there are cores when `None`.
+    pub threads: Option<Threads>,
 }
 
 /// A model directory whose headers have been checked against its configuration. Weights are read when they are asked for.
@@ -30,6 +34,7 @@ pub struct ModelFiles {
     checkpoint: Checkpoint,
     names: Names,
     options: LoadOptions,
+    threads: OnceLock<Threads>,
 }
 
 impl ModelFiles {
@@ -39,7 +44,7 @@ impl ModelFiles {
         let checkpoint = Checkpoint::open(dir)?;
         let names = Names::detect(&spec, &checkpoint);
         names.check(&spec, &checkpoint)?;
-        Ok(Self { spec, checkpoint, names, options })
+        Ok(Self { spec, checkpoint, names, options, threads: OnceLock::new() })
     }
 
     /// What the model is.
@@ -57,8 +62,16 @@ impl ModelFiles {
         &self.names
     }
 
+    /// What loading and the model may use.
+    pub fn threads(&self) -> &Threads {
+        self.threads.get_or_init(|| {
+            let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+            self.options.threads.clone().unwrap_or_else(|| Threads::new(cores()))
+        })
+    }
+
     /// A tensor, checked to be finite, in the format asked for.
-    fn weight(&self, name: &str) -> Result<Weight> {
+    pub(crate) fn weight(&self, name: &str) -> Result<Weight> {
         let weight = self.checkpoint.weight(name)?;
         weight.check_finite()?;
         match self.options.dtype {
@@ -69,7 +82,7 @@ impl ModelFiles {
 
     /// The router of a layer.
     pub fn router(&self, layer: usize) -> Result<Router> {
-        Router::new(self.spec.moe.router, layer, &self.weight(&self.names.router(layer))?)
+        Router::new(self.threads(), self.spec.moe.router, layer, &self.weight(&self.names.router(layer))?)
     }
 
     /// The weights of these experts of a layer, in the given order; nothing of the other experts is read.
@@ -88,7 +101,7 @@ impl ModelFiles {
                         down: matrix(Matrix::Down)?,
                     })
                 };
-                experts.par_iter().map(one).collect()
+                map_parallel(self.threads(), experts, one)
             }
             ExpertLayout::Fused => {
                 let (gate_up, down) = self.names.fused(layer);
@@ -108,7 +121,7 @@ impl ModelFiles {
                         down: cut(&down, e, (0, d))?,
                     })
                 };
-                experts.par_iter().map(one).collect()
+                map_parallel(self.threads(), experts, one)
             }
         }
     }
@@ -117,88 +130,47 @@ impl ModelFiles {
     pub fn load(&self) -> Result<Decoder> {
         let all: Vec<usize> = (0..self.spec.moe.router.num_experts).collect();
         self.load_with(&mut |files, layer| {
-            Ok(Box::new(LocalExperts::new(files.router(layer)?, files.experts(layer, &all)?)?))
+            let (router, experts) = (files.router(layer)?, files.experts(layer, &all)?);
+            Ok(Box::new(LocalExperts::new(files.threads(), router, experts)?))
         })
     }
 
     /// The model with MoE layers made by `moe`, which is called with each MoE layer's number and reads what it needs.
     pub fn load_with(&self, moe: &mut MakeMoeLayer<'_>) -> Result<Decoder> {
-        let spec = &self.spec;
-        let embedding: Tensor = self.weight("model.embed_tokens.weight")?.tensor()?;
-        let output = if spec.tied_embeddings {
-            Linear::from_tensor(embedding.clone())
-        } else {
-            self.linear("lm_head", false)?
-        };
-        let mut layers = Vec::with_capacity(spec.layers.len());
-        for (i, l) in spec.layers.iter().enumerate() {
-            let p = format!("model.layers.{i}");
-            let ffn = match l.dense_size {
-                Some(_) => Ffn::Dense(self.mlp(&format!("{p}.mlp"))?),
-                None => Ffn::Moe { routed: moe(self, i)?, shared: self.shared(i)? },
-            };
-            layers.push(Layer {
-                attention_norm: self.norm(&format!("{p}.input_layernorm"), spec.norm_eps)?,
-                attention: self.attention(&format!("{p}.self_attn"))?,
-                ffn_norm: self.norm(&format!("{p}.post_attention_layernorm"), spec.norm_eps)?,
-                ffn,
-            });
-        }
-        let norm = self.norm("model.norm", spec.norm_eps)?;
-        Ok(Decoder { spec: spec.clone(), embedding, layers, norm, output, rope: Rope::new(&spec.rope) })
+        build(self, &mut |layer| moe(self, layer))
+    }
+}
+
+impl Source for ModelFiles {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
     }
 
-    fn linear(&self, prefix: &str, bias: bool) -> Result<Linear> {
-        let bias = if bias { Some(self.weight(&format!("{prefix}.bias"))?) } else { None };
-        Linear::new(&self.weight(&format!("{prefix}.weight"))?, bias.as_ref())
+    fn names(&self) -> &Names {
+        &self.names
     }
 
-    fn norm(&self, prefix: &str, eps: f64) -> Result<RmsNorm> {
-        RmsNorm::new(&self.weight(&format!("{prefix}.weight"))?, eps)
+    fn threads(&self) -> &Threads {
+        self.threads()
     }
 
-    fn mlp(&self, p: &str) -> Result<Mlp> {
-        let part = |n: &str| self.linear(&format!("{p}.{n}"), false);
-        Ok(Mlp::new(part("gate_proj")?, part("up_proj")?, part("down_proj")?))
+    fn matrix(&self, name: &str) -> Result<MatrixParameter> {
+        Ok(MatrixParameter::Stored(self.weight(name)?))
     }
 
-    fn shared(&self, layer: usize) -> Result<Option<SharedExpert>> {
-        let Some(spec) = self.spec.moe.shared else { return Ok(None) };
-        let (prefix, gate) = self.names.shared(layer);
-        let gate = if spec.gated { Some(Linear::new(&self.weight(&gate)?, None)?) } else { None };
-        Ok(Some(SharedExpert { mlp: self.mlp(&prefix)?, gate }))
+    fn vector(&self, name: &str) -> Result<Tensor> {
+        self.weight(name)?.tensor_f32()
     }
+}
 
-    fn attention(&self, p: &str) -> Result<Attention> {
-        let part = |n: &str, bias: bool| self.linear(&format!("{p}.{n}"), bias);
-        let norm = |n: &str, eps: f64| self.norm(&format!("{p}.{n}"), eps);
-        Ok(match &self.spec.attention {
-            AttentionSpec::Grouped(s) => Attention::Grouped(GroupedAttention {
-                q: part("q_proj", s.qkv_bias)?,
-                k: part("k_proj", s.qkv_bias)?,
-                v: part("v_proj", s.qkv_bias)?,
-                out: part("o_proj", s.output_bias)?,
-                norms: match s.qk_norm {
-                    QkNorm::None => None,
-                    _ => Some((norm("q_norm", self.spec.norm_eps)?, norm("k_norm", self.spec.norm_eps)?)),
-                },
-                spec: s.clone(),
-            }),
-            AttentionSpec::Latent(s) => Attention::Latent(LatentAttention {
-                queries: match s.q_rank {
-                    None => Queries::Full(part("q_proj", false)?),
-                    Some(_) => Queries::LowRank {
-                        down: part("q_a_proj", s.bias)?,
-                        norm: norm("q_a_layernorm", s.latent_norm_eps)?,
-                        up: part("q_b_proj", false)?,
-                    },
-                },
-                kv_down: part("kv_a_proj_with_mqa", s.bias)?,
-                kv_norm: norm("kv_a_layernorm", s.latent_norm_eps)?,
-                kv_up: part("kv_b_proj", false)?,
-                out: part("o_proj", s.bias)?,
-                spec: s.clone(),
-            }),
-        })
-    }
+/// `f` of every item, in the items' order, on several threads.
+fn map_parallel<T: Sync, R: Send>(
+    threads: &Threads,
+    items: &[T],
+    f: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let mut results: Vec<Option<Result<R>>> = Vec::new();
+    results.resize_with(items.len(), || None);
+    threads.for_each_chunk(&mut results, 1, |i, result| result[0] = Some(f(&items[i])));
+    results.into_iter().flatten().collect()
 }

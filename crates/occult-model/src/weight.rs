@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use memmap2::Mmap;
+use occult_kernels::Matrix;
 
 use crate::error::{ModelError, Result};
 
@@ -249,6 +250,15 @@ impl Weight {
             StoredDtype::F32 => Values::F32(bytemuck::cast_slice(self.bytes())),
             StoredDtype::Bf16 => Values::Bf16(bytemuck::cast_slice(self.bytes())),
             StoredDtype::F16 => Values::F16(bytemuck::cast_slice(self.bytes())),
+        }
+    }
+
+    /// The values as the kernels read them.
+    pub fn matrix(&self) -> Matrix<'_> {
+        match self.values() {
+            Values::F32(v) => Matrix::F32(v),
+            Values::Bf16(v) => Matrix::Bf16(v),
+            Values::F16(v) => Matrix::F16(v),
         }
     }
 

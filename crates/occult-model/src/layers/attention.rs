@@ -1,8 +1,9 @@
 //! Multi-head, grouped-query and multi-query attention.
 
 use candle_core::Tensor;
+use occult_kernels::{Threads, ops};
 
-use super::{Linear, RmsNorm, Rotation, attend};
+use super::{Linear, RmsNorm, Rotation, View};
 use crate::error::Result;
 use crate::kv_cache::LayerCache;
 use crate::spec::{GroupedSpec, QkNorm};
@@ -11,6 +12,7 @@ use crate::spec::{GroupedSpec, QkNorm};
 #[derive(Debug)]
 pub(crate) struct GroupedAttention {
     pub(crate) spec: GroupedSpec,
+    pub(crate) threads: Threads,
     pub(crate) q: Linear,
     pub(crate) k: Linear,
     pub(crate) v: Linear,
@@ -24,7 +26,7 @@ impl GroupedAttention {
         &self,
         x: &Tensor,
         rotation: &Rotation,
-        mask: Option<&Tensor>,
+        view: &View,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let s = &self.spec;
@@ -38,7 +40,7 @@ impl GroupedAttention {
         let (b, t, _) = x.dims3()?;
         let mut q = q.reshape((b, t, s.num_heads, s.head_dim))?;
         let mut k = k.reshape((b, t, s.num_kv_heads, s.head_dim))?;
-        let v = v.reshape((b, t, s.num_kv_heads, s.head_dim))?.transpose(1, 2)?.contiguous()?;
+        let v = v.reshape((b, t, s.num_kv_heads, s.head_dim))?.transpose(1, 2)?;
         if let (QkNorm::PerHead, Some((q_norm, k_norm))) = (s.qk_norm, &self.norms) {
             (q, k) = (q_norm.forward(&q)?, k_norm.forward(&k)?);
         }
@@ -48,7 +50,7 @@ impl GroupedAttention {
             Some(cache) => cache.append(&k, &v)?,
             None => (k, v),
         };
-        let scale = 1.0 / (s.head_dim as f64).sqrt();
-        self.out.forward(&attend(&q, &k, &v, mask, scale)?)
+        let shape = view.shape(1.0 / (s.head_dim as f64).sqrt());
+        self.out.forward(&ops::attention(&self.threads, &q, &k, &v, &shape)?)
     }
 }

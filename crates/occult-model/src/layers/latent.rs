@@ -2,8 +2,9 @@
 //! values of all heads are made from them.
 
 use candle_core::{D, Tensor};
+use occult_kernels::{Threads, ops};
 
-use super::{Linear, RmsNorm, Rotation, attend};
+use super::{Linear, RmsNorm, Rotation, View};
 use crate::error::Result;
 use crate::kv_cache::LayerCache;
 use crate::spec::LatentSpec;
@@ -19,6 +20,7 @@ pub(crate) enum Queries {
 #[derive(Debug)]
 pub(crate) struct LatentAttention {
     pub(crate) spec: LatentSpec,
+    pub(crate) threads: Threads,
     pub(crate) queries: Queries,
     /// To the latent and the rotary key.
     pub(crate) kv_down: Linear,
@@ -34,7 +36,7 @@ impl LatentAttention {
         &self,
         x: &Tensor,
         rotation: &Rotation,
-        mask: Option<&Tensor>,
+        view: &View,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let s = &self.spec;
@@ -60,9 +62,9 @@ impl LatentAttention {
         let kv = self.kv_up.forward(&latent.squeeze(1)?)?;
         let kv = kv.reshape((b, len, h, s.nope_dim + s.v_dim))?.transpose(1, 2)?;
         let k_nope = kv.narrow(D::Minus1, 0, s.nope_dim)?;
-        let k = Tensor::cat(&[&k_nope, &k_rope.expand((b, h, len, s.rope_dim))?], D::Minus1)?.contiguous()?;
-        let v = kv.narrow(D::Minus1, s.nope_dim, s.v_dim)?.contiguous()?;
-        let scale = s.score_scale / (qk_dim as f64).sqrt();
-        self.out.forward(&attend(&q, &k, &v, mask, scale)?)
+        let k = Tensor::cat(&[&k_nope, &k_rope.expand((b, h, len, s.rope_dim))?], D::Minus1)?;
+        let v = kv.narrow(D::Minus1, s.nope_dim, s.v_dim)?;
+        let shape = view.shape(s.score_scale / (qk_dim as f64).sqrt());
+        self.out.forward(&ops::attention(&self.threads, &q, &k, &v, &shape)?)
     }
 }

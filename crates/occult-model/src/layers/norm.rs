@@ -1,9 +1,9 @@
 //! RMS norm.
 
 use candle_core::Tensor;
+use occult_kernels::ops;
 
 use crate::error::Result;
-use crate::weight::Weight;
 
 /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension, in f32.
 #[derive(Debug, Clone)]
@@ -13,11 +13,12 @@ pub(crate) struct RmsNorm {
 }
 
 impl RmsNorm {
-    pub(crate) fn new(weight: &Weight, eps: f64) -> Result<Self> {
-        Ok(Self { weight: weight.tensor_f32()?, eps: eps as f32 })
+    /// `weight` `[D]` f32.
+    pub(crate) fn new(weight: Tensor, eps: f64) -> Self {
+        Self { weight, eps: eps as f32 }
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(candle_nn::ops::rms_norm(&x.contiguous()?, &self.weight, self.eps)?)
+        Ok(ops::rms_norm(x, &self.weight, self.eps)?)
     }
 }

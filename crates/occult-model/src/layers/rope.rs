@@ -1,6 +1,7 @@
 //! Rotary position embedding.
 
 use candle_core::{Device, Tensor};
+use occult_kernels::ops::{self, RopeStyle};
 
 use crate::error::Result;
 use crate::spec::{RopeScaling, RopeSpec};
@@ -86,13 +87,9 @@ fn yarn_ramp(spec: &RopeSpec, context: usize, (fast, slow): (f64, f64), truncate
 }
 
 impl Rotation {
-    /// Rotates `x` `[B, h, T, dim]`.
+    /// Rotates `x` `[B, h, T, dim]`, which may be a view.
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let x = x.contiguous()?;
-        Ok(if self.interleaved {
-            candle_nn::rotary_emb::rope_i(&x, &self.cos, &self.sin)?
-        } else {
-            candle_nn::rotary_emb::rope(&x, &self.cos, &self.sin)?
-        })
+        let style = if self.interleaved { RopeStyle::Interleaved } else { RopeStyle::HalfSplit };
+        Ok(ops::rope(x, &self.cos, &self.sin, style)?)
     }
 }

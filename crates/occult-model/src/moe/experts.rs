@@ -1,12 +1,16 @@
 //! The plain exact MoE layer on CPU: every expert computes the rows that chose it, and every row adds up its experts.
 
-use candle_core::{Device, Tensor};
-use occult_plan::RoutingBuf;
-use rayon::prelude::*;
+use std::sync::Arc;
 
-use super::{MoeLayer, Router};
+use candle_core::{Device, Tensor};
+use occult_kernels::ops::{self, GradSink};
+use occult_kernels::smm::{ExpertDims, ExpertMatrices, expert_ffn};
+use occult_kernels::{SparseRows, Threads};
+use occult_plan::RoutingBuf;
+
+use super::{MoeLayer, MoeOutput, Router, Shared};
 use crate::error::{ModelError, Result};
-use crate::layers::{Threads, matmul_nt, silu};
+use crate::layers::with_f32;
 use crate::weight::Weight;
 
 /// The matrices of one expert, as stored.
@@ -21,14 +25,27 @@ pub struct ExpertWeights {
 }
 
 impl ExpertWeights {
-    /// `x` `[n, D]` gives `[n, D]`, f32, on the calling thread.
-    fn forward(&self, x: &[f32], hidden: usize) -> Vec<f32> {
-        let (n, f) = (x.len() / hidden, self.gate.shape()[0]);
-        let mut gate = matmul_nt(x, self.gate.values(), 0, (n, f, hidden), Threads::One);
-        let up = matmul_nt(x, self.up.values(), 0, (n, f, hidden), Threads::One);
-        silu(&mut gate, &up);
-        matmul_nt(&gate, self.down.values(), 0, (n, hidden, f), Threads::One)
+    /// As the kernels read them.
+    pub fn matrices(&self) -> ExpertMatrices<'_> {
+        ExpertMatrices { gate: self.gate.matrix(), up: self.up.matrix(), down: self.down.matrix() }
     }
+}
+
+/// The matrices of all experts of a layer as tensors, which may be variables.
+#[derive(Debug, Clone)]
+pub struct StackedExperts {
+    /// `[e, 2F, D]` f32: gate rows, then up rows.
+    pub w_up: Tensor,
+    /// `[e, D, F]` f32.
+    pub w_down: Tensor,
+    /// Where the gradients of the two go, instead of into the gradient store.
+    pub sinks: Option<[GradSink; 2]>,
+}
+
+#[derive(Debug)]
+enum Experts {
+    Stored(Vec<ExpertWeights>),
+    Stacked(StackedExperts),
 }
 
 /// All experts of a layer in this process.
@@ -37,14 +54,15 @@ impl ExpertWeights {
 /// whatever the number of threads.
 #[derive(Debug)]
 pub struct LocalExperts {
+    threads: Threads,
     router: Router,
-    experts: Vec<ExpertWeights>,
-    hidden: usize,
+    experts: Experts,
+    dims: ExpertDims,
 }
 
 impl LocalExperts {
-    /// One entry per expert, all of the same shapes.
-    pub fn new(router: Router, experts: Vec<ExpertWeights>) -> Result<Self> {
+    /// Weights as stored, for inference: one entry per expert, all of the same shapes.
+    pub fn new(threads: &Threads, router: Router, experts: Vec<ExpertWeights>) -> Result<Self> {
         let Some(first) = experts.first() else {
             return Err(ModelError::request("an MoE layer without experts"));
         };
@@ -56,55 +74,105 @@ impl LocalExperts {
                 return Err(ModelError::request(format!("expert matrix {}: wrong shape", e.gate.name())));
             }
         }
-        if experts.len() != router.spec().num_experts {
-            let message = format!("{} experts for a router of {}", experts.len(), router.spec().num_experts);
-            return Err(ModelError::request(message));
-        }
-        Ok(Self { router, experts, hidden })
+        let dims = ExpertDims { hidden, intermediate: f };
+        Self::checked(threads, router, experts.len(), Experts::Stored(experts), dims)
     }
 
-    /// The weighted sum for a given routing.
-    fn compute(&self, x: &[f32], routing: &RoutingBuf) -> Vec<f32> {
-        let (d, k) = (self.hidden, routing.top_k);
-        // Slots (token, choice) by expert.
-        let mut slots: Vec<Vec<usize>> = vec![Vec::new(); self.experts.len()];
-        for (slot, &id) in routing.expert_ids.iter().enumerate() {
-            slots[usize::from(id)].push(slot);
+    /// Weights as tensors, for training.
+    pub fn stacked(threads: &Threads, router: Router, experts: StackedExperts) -> Result<Self> {
+        let (e, hidden, intermediate) = experts.w_down.dims3()?;
+        if experts.w_up.dims() != [e, 2 * intermediate, hidden] {
+            let message = format!("expert weights {:?} and {:?}", experts.w_up, experts.w_down);
+            return Err(ModelError::request(message));
         }
-        let outputs: Vec<Vec<f32>> = slots
-            .par_iter()
-            .zip(&self.experts)
-            .map(|(slots, expert)| {
-                let mut rows = Vec::with_capacity(slots.len() * d);
-                for slot in slots {
-                    rows.extend_from_slice(&x[slot / k * d..][..d]);
-                }
-                expert.forward(&rows, d)
-            })
-            .collect();
-        let mut y = vec![0.0; x.len()];
-        let weights = routing.weights.as_deref().unwrap_or_default();
-        for (slots, rows) in slots.iter().zip(&outputs) {
-            for (&slot, row) in slots.iter().zip(rows.chunks_exact(d)) {
-                let weight = weights[slot];
-                for (y, v) in y[slot / k * d..][..d].iter_mut().zip(row) {
-                    *y += v * weight;
-                }
+        let dims = ExpertDims { hidden, intermediate };
+        Self::checked(threads, router, e, Experts::Stacked(experts), dims)
+    }
+
+    fn checked(
+        threads: &Threads,
+        router: Router,
+        found: usize,
+        experts: Experts,
+        dims: ExpertDims,
+    ) -> Result<Self> {
+        if found != router.spec().num_experts {
+            let message = format!("{found} experts for a router of {}", router.spec().num_experts);
+            return Err(ModelError::request(message));
+        }
+        Ok(Self { threads: threads.clone(), router, experts, dims })
+    }
+
+    fn compute(&self, x: &Tensor, logits: &Tensor, routing: &RoutingBuf) -> Result<Tensor> {
+        let (rows, slots) = expand(routing)?;
+        match &self.experts {
+            Experts::Stored(_) if x.track_op() => {
+                Err(ModelError::request("experts as stored are for inference: they give no gradients"))
+            }
+            Experts::Stored(experts) => {
+                let weights = routing.weights.as_deref().unwrap_or_default();
+                let row_weights: Vec<f32> = slots.iter().map(|&slot| weights[slot as usize]).collect();
+                let matrices: Vec<_> = experts.iter().map(ExpertWeights::matrices).collect();
+                let mut y = vec![0.0; x.elem_count()];
+                with_f32(&x.contiguous()?, |x| {
+                    expert_ffn(&self.threads, &rows, self.dims, x, &matrices, &row_weights, &mut y)
+                })??;
+                Ok(Tensor::from_vec(y, x.dims(), &Device::Cpu)?)
+            }
+            Experts::Stacked(StackedExperts { w_up, w_down, sinks }) => {
+                let (t, rows) = (&self.threads, Arc::new(rows));
+                let weights = self.router.weights(logits, routing)?.flatten_all()?;
+                let n = slots.len();
+                let row_weights = weights.index_select(&Tensor::from_vec(slots, n, &Device::Cpu)?, 0)?;
+                Ok(match sinks {
+                    None => {
+                        let pre = ops::scattering_smm(t, &rows, x, w_up)?;
+                        ops::merging_smm(t, &rows, &pre, w_down, &row_weights)?
+                    }
+                    Some([up, down]) => {
+                        let pre = ops::scattering_smm_into(t, &rows, x, w_up, up)?;
+                        ops::merging_smm_into(t, &rows, &pre, w_down, &row_weights, down)?
+                    }
+                })
             }
         }
-        y
     }
 }
 
+/// The rows of each expert, and the slot (token * K + choice) of each expanded row.
+fn expand(routing: &RoutingBuf) -> Result<(SparseRows, Vec<u32>)> {
+    let (k, n) = (routing.top_k, routing.expert_ids.len());
+    let mut offsets = vec![0u32; routing.num_experts + 1];
+    for &id in &routing.expert_ids {
+        offsets[usize::from(id) + 1] += 1;
+    }
+    for e in 0..routing.num_experts {
+        offsets[e + 1] += offsets[e];
+    }
+    let mut next = offsets.clone();
+    let (mut row_idx, mut slots) = (vec![0; n], vec![0; n]);
+    for (slot, &id) in routing.expert_ids.iter().enumerate() {
+        let at = &mut next[usize::from(id)];
+        row_idx[*at as usize] = (slot / k) as u32;
+        slots[*at as usize] = slot as u32;
+        *at += 1;
+    }
+    Ok((SparseRows::new(n / k, offsets, row_idx)?, slots))
+}
+
 impl MoeLayer for LocalExperts {
-    fn forward(&self, x: &Tensor) -> Result<(Tensor, RoutingBuf)> {
-        let (tokens, hidden) = x.dims2()?;
-        if hidden != self.hidden {
-            return Err(ModelError::request(format!("rows of width {hidden}, expected {}", self.hidden)));
+    fn forward(&self, x: &Tensor, shared: Option<Shared<'_>>) -> Result<MoeOutput> {
+        let (_, hidden) = x.dims2()?;
+        if hidden != self.dims.hidden {
+            let message = format!("rows of width {hidden}, expected {}", self.dims.hidden);
+            return Err(ModelError::request(message));
         }
-        let routing = self.router.route(x)?;
-        let rows = x.flatten_all()?.to_vec1::<f32>()?;
-        let y = Tensor::from_vec(self.compute(&rows, &routing), (tokens, hidden), &Device::Cpu)?;
-        Ok((y, routing))
+        let logits = self.router.logits(x)?;
+        let routing = self.router.choose(&logits)?;
+        let mut y = self.compute(x, &logits, &routing)?;
+        if let Some(shared) = shared {
+            y = (y + shared()?)?;
+        }
+        Ok(MoeOutput { y, logits, routing })
     }
 }

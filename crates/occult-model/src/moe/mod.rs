@@ -4,7 +4,7 @@
 mod experts;
 mod router;
 
-pub use experts::{ExpertWeights, LocalExperts};
+pub use experts::{ExpertWeights, LocalExperts, StackedExperts};
 pub use router::Router;
 
 use candle_core::Tensor;
@@ -12,13 +12,27 @@ use occult_plan::RoutingBuf;
 
 use crate::error::Result;
 
-/// One layer's routed experts, router included; shared experts are not part of it.
+/// What a [`MoeLayer`] computed.
+#[derive(Debug, Clone)]
+pub struct MoeOutput {
+    /// `[T, D]` f32: the weighted sum of the chosen experts' outputs, plus that of the shared experts.
+    pub y: Tensor,
+    /// Router logits `[T, E]` f32, differentiable where the layer is: auxiliary losses are made from them.
+    pub logits: Tensor,
+    /// The decisions, with `weights` `[T, K]` and `scores` (router logits) `[T, E]`.
+    pub routing: RoutingBuf,
+}
+
+/// Computes the shared experts' outputs `[T, D]`; a layer calls it once, when it has time.
+pub type Shared<'a> = &'a mut dyn FnMut() -> Result<Tensor>;
+
+/// One layer's routed experts, router included. The weights of shared experts are not part of it, but when they are
+/// computed is: an expert-parallel layer does it while rows are under way.
 ///
 /// This is the seam where an expert-parallel layer takes the place of [`LocalExperts`].
 pub trait MoeLayer: std::fmt::Debug + Send + Sync {
-    /// `x` `[T, D]` f32 gives the weighted sum of the chosen experts' outputs `[T, D]` f32, and the routing with
-    /// `weights` `[T, K]` and `scores` (router logits) `[T, E]`.
-    fn forward(&self, x: &Tensor) -> Result<(Tensor, RoutingBuf)>;
+    /// `x` `[T, D]` f32. Differentiable in `x` and in the layer's variables, if it has any.
+    fn forward(&self, x: &Tensor, shared: Option<Shared<'_>>) -> Result<MoeOutput>;
 }
 
 /// What an observer is shown: one layer's decisions for one batch.

@@ -1,38 +1,45 @@
 //! The router: f32 logits, softmax over all experts, the best `top_k`.
 
-use std::cmp::Ordering;
-
 use candle_core::Tensor;
-use occult_plan::{ExpertId, RoutingBuf};
+use occult_kernels::Threads;
+use occult_moe::{GroupLimit, MoeError, routing_weights};
+use occult_plan::{RouterRule, RoutingBuf};
 
 use crate::error::{ModelError, Result};
-use crate::layers::{Threads, matmul_nt};
-use crate::spec::{GroupSpec, RouterSpec};
-use crate::weight::{Values, Weight};
+use crate::layers::{Linear, with_f32};
+use crate::spec::RouterSpec;
+use crate::weight::Weight;
+
+/// Rows that one thread decides at a time.
+const ROWS: usize = 32;
 
 /// One layer's router.
 #[derive(Debug, Clone)]
 pub struct Router {
     spec: RouterSpec,
+    rule: occult_moe::RouterSpec,
     /// The model's layer, for messages.
     layer: usize,
-    hidden: usize,
     /// `[E, D]`
-    weight: Vec<f32>,
+    linear: Linear,
 }
 
 impl Router {
-    /// From the stored weight `[E, D]`, which is widened to f32.
-    pub fn new(spec: RouterSpec, layer: usize, weight: &Weight) -> Result<Self> {
-        let &[experts, hidden] = weight.shape() else {
-            return Err(ModelError::request(format!("router {}: shape {:?}", weight.name(), weight.shape())));
-        };
-        if experts != spec.num_experts {
-            let message =
-                format!("router {}: {experts} rows for {} experts", weight.name(), spec.num_experts);
-            return Err(ModelError::request(message));
+    /// From the stored weight `[E, D]`.
+    pub fn new(threads: &Threads, spec: RouterSpec, layer: usize, weight: &Weight) -> Result<Self> {
+        Self::from_linear(spec, layer, Linear::new(threads, weight, None)?)
+    }
+
+    pub(crate) fn from_linear(spec: RouterSpec, layer: usize, linear: Linear) -> Result<Self> {
+        match *linear.weight().dims() {
+            [experts, _] if experts == spec.num_experts => {}
+            ref dims => {
+                let message =
+                    format!("the router of layer {layer} is {dims:?} for {} experts", spec.num_experts);
+                return Err(ModelError::request(message));
+            }
         }
-        Ok(Self { spec, layer, hidden, weight: weight.to_f32() })
+        Ok(Self { rule: rule(&spec), spec, layer, linear })
     }
 
     /// What it does.
@@ -40,80 +47,84 @@ impl Router {
         &self.spec
     }
 
-    /// Routes `x` `[T, D]` f32: ids in descending score, equal scores by the lower id; weights of the chosen; logits of
-    /// all experts as `scores`. A logit that is NaN or infinite is an error.
-    pub fn route(&self, x: &Tensor) -> Result<RoutingBuf> {
-        let tokens = x.dim(0)?;
-        let rows = x.flatten_all()?.to_vec1::<f32>()?;
+    /// The same as the expert-parallel layer describes it.
+    pub fn rule(&self) -> &occult_moe::RouterSpec {
+        &self.rule
+    }
+
+    /// Logits `[T, E]` of `x` `[T, D]`, both f32; differentiable.
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        self.linear.forward(x)
+    }
+
+    /// Chooses from logits `[T, E]`: ids in descending score, equal scores by the lower id; weights of the chosen; logits
+    /// of all experts as `scores`. A logit that is NaN or infinite is an error.
+    pub fn choose(&self, logits: &Tensor) -> Result<RoutingBuf> {
         let (e, k) = (self.spec.num_experts, self.spec.top_k);
-        let logits = matmul_nt(&rows, Values::F32(&self.weight), 0, (tokens, e, self.hidden), Threads::All);
-        if let Some(at) = logits.iter().position(|l| !l.is_finite()) {
-            let (row, expert, value) = (at / e, at % e, logits[at]);
-            return Err(ModelError::RouterLogit { layer: self.layer, row, expert, value });
-        }
-        let mut expert_ids = Vec::with_capacity(tokens * k);
-        let mut weights = Vec::with_capacity(tokens * k);
-        let mut scores = vec![0.0; e];
-        let mut order: Vec<ExpertId> = Vec::with_capacity(e);
-        for row in logits.chunks_exact(e) {
-            softmax(row, &mut scores);
-            if let Some(groups) = self.spec.groups {
-                mask_groups(&mut scores, groups);
+        let logits = logits.flatten_all()?.contiguous()?;
+        with_f32(&logits, |logits| {
+            let mut parts: Vec<Result<RoutingBuf, MoeError>> = Vec::new();
+            parts.resize_with(logits.len().div_ceil(e * ROWS), || self.rule.select(&[]));
+            self.linear.threads().for_each_chunk(&mut parts, 1, |i, part| {
+                let from = i * e * ROWS;
+                part[0] = self.rule.select(&logits[from..(from + e * ROWS).min(logits.len())]);
+            });
+            let mut expert_ids = Vec::with_capacity(logits.len() / e * k);
+            let mut weights = Vec::with_capacity(expert_ids.capacity());
+            for (i, part) in parts.into_iter().enumerate() {
+                let part = part.map_err(|error| self.error(error, i * ROWS))?;
+                expert_ids.extend(part.expert_ids);
+                weights.extend(part.weights.unwrap_or_default());
             }
-            order.clear();
-            order.extend(0..e as ExpertId);
-            let best = |a: &ExpertId, b: &ExpertId| {
-                descending(scores[usize::from(*a)], scores[usize::from(*b)]).then(a.cmp(b))
-            };
-            if k < e {
-                order.select_nth_unstable_by(k - 1, best);
-                order.truncate(k);
+            Ok(RoutingBuf {
+                num_experts: e,
+                top_k: k,
+                expert_ids,
+                weights: Some(weights),
+                scores: Some(logits.to_vec()),
+                occurrences: None,
+            })
+        })?
+    }
+
+    /// [`logits`](Self::logits) and [`choose`](Self::choose).
+    pub fn route(&self, x: &Tensor) -> Result<RoutingBuf> {
+        self.choose(&self.logits(x)?)
+    }
+
+    /// The weights `[T, K]` of a choice, differentiable in the logits `[T, E]`.
+    pub fn weights(&self, logits: &Tensor, routing: &RoutingBuf) -> Result<Tensor> {
+        routing_weights(&self.rule, logits, &routing.expert_ids).map_err(|error| self.error(error, 0))
+    }
+
+    /// An error of the decision, in rows after `first`, with the layer.
+    fn error(&self, error: MoeError, first: usize) -> ModelError {
+        match error {
+            MoeError::RouterLogit { row, expert, value } => {
+                ModelError::RouterLogit { layer: self.layer, row: first + row, expert, value }
             }
-            order.sort_unstable_by(best);
-            let chosen = order.iter().map(|&id| scores[usize::from(id)]);
-            let sum: f32 = if self.spec.norm_topk { chosen.clone().sum() } else { 1.0 };
-            weights.extend(chosen.map(|w| if self.spec.norm_topk { w / sum } else { w } * self.spec.scale));
-            expert_ids.extend_from_slice(&order);
+            other => ModelError::Moe { layer: self.layer, source: other },
         }
-        Ok(RoutingBuf {
-            num_experts: e,
-            top_k: k,
-            expert_ids,
-            weights: Some(weights),
-            scores: Some(logits),
-            occurrences: None,
-        })
     }
 }
 
-fn descending(a: f32, b: f32) -> Ordering {
-    b.total_cmp(&a)
-}
-
-fn softmax(logits: &[f32], out: &mut [f32]) {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for (o, l) in out.iter_mut().zip(logits) {
-        *o = (l - max).exp();
-        sum += *o;
-    }
-    out.iter_mut().for_each(|o| *o /= sum);
-}
-
-/// Sets the scores of all experts outside the best groups to zero.
-fn mask_groups(scores: &mut [f32], spec: GroupSpec) {
-    let size = scores.len() / spec.num_groups;
-    let best: Vec<f32> = scores.chunks_exact(size).map(|g| g.iter().copied().fold(0.0, f32::max)).collect();
-    let mut order: Vec<usize> = (0..spec.num_groups).collect();
-    order.sort_by(|&a, &b| descending(best[a], best[b]));
-    for &group in &order[spec.top_groups..] {
-        scores[group * size..(group + 1) * size].fill(0.0);
+fn rule(spec: &RouterSpec) -> occult_moe::RouterSpec {
+    occult_moe::RouterSpec {
+        num_experts: spec.num_experts,
+        top_k: spec.top_k,
+        rule: RouterRule { routed_scaling_factor: spec.scale, ..RouterRule::softmax(spec.norm_topk) },
+        groups: spec.groups.map(|g| GroupLimit {
+            num_groups: g.num_groups,
+            top_groups: g.top_groups,
+            best_of: 1,
+        }),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::GroupSpec;
     use crate::weight::StoredDtype;
     use candle_core::Device;
 
@@ -122,7 +133,7 @@ mod tests {
         let e = spec.num_experts;
         let eye: Vec<f32> = (0..e * e).map(|i| f32::from(u8::from(i / e == i % e))).collect();
         let weight = Weight::from_f32("gate", &eye, vec![e, e], StoredDtype::F32).expect("shape");
-        Router::new(spec, 3, &weight).expect("router")
+        Router::new(&Threads::new(2), spec, 3, &weight).expect("router")
     }
 
     fn spec(top_k: usize) -> RouterSpec {

@@ -1,0 +1,126 @@
+//! The differentiable forward pass: packed sequences in, loss and routing out.
+
+mod recompute;
+
+use candle_core::Tensor;
+use occult_kernels::ops::{self, CrossEntropy};
+use occult_plan::RoutingBuf;
+
+use crate::decoder::Decoder;
+use crate::error::{ModelError, Result};
+use crate::layers::{MatrixParameter, View};
+
+/// A target that is not learned.
+pub const IGNORE: u32 = u32::MAX;
+
+/// `B` packed sequences of `L` tokens.
+///
+/// A sequence holds one or several texts, each a *segment*: positions restart and attention stays inside it.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainBatch<'a> {
+    /// `B`.
+    pub num_sequences: usize,
+    /// `[B, L]` inputs.
+    pub tokens: &'a [u32],
+    /// `[B, L]` what follows each input; [`IGNORE`] where nothing is learned.
+    pub targets: &'a [u32],
+    /// `[B, L]` number of the segment within the sequence, in runs; `None`: every sequence is one text.
+    pub segments: Option<&'a [u32]>,
+}
+
+/// What a training step begins its backward pass from.
+#[derive(Debug, Clone)]
+pub struct TrainOutput {
+    /// Sum of the cross entropies of the learned targets, scalar f32. Not a mean, so that batches and ranks add up.
+    pub loss: Tensor,
+    /// Learned targets.
+    pub num_targets: usize,
+    /// `[B * L, E]` router logits of every MoE layer, differentiable: what auxiliary losses are made from.
+    pub router_logits: Vec<Tensor>,
+    /// The decisions of every MoE layer.
+    pub routing: Vec<RoutingBuf>,
+}
+
+/// How [`Decoder::forward_train`] runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct TrainOptions {
+    /// Keep only the input of every layer and compute the layer again in the backward pass.
+    pub recompute: bool,
+    /// Factor on the squared log of the softmax's sum over the vocabulary; 0 for none.
+    pub z_loss: f32,
+}
+
+impl Decoder {
+    /// Computes the loss of a batch. After `backward()` of it (with auxiliary losses added), call
+    /// [`ModelParameters::accumulate`](crate::ModelParameters::accumulate) with the gradients.
+    pub fn forward_train(&self, batch: TrainBatch<'_>, options: TrainOptions) -> Result<TrainOutput> {
+        let (b, t, view, positions) = self.place_texts(batch)?;
+        let rotation = self.rope.at(&positions, b)?;
+        let mut x = self.embedding.rows(batch.tokens)?.reshape((b, t, self.spec.hidden_size))?;
+        let (mut router_logits, mut routing) = (Vec::new(), Vec::new());
+        for layer in &self.layers {
+            let (y, routed) = if options.recompute {
+                recompute::forward(layer, &x, &rotation, &view, self.parameters.as_ref())?
+            } else {
+                layer.forward(&x, &rotation, &view, None)?
+            };
+            x = y;
+            if let Some(routed) = routed {
+                router_logits.push(routed.logits);
+                routing.push(routed.routing);
+            }
+        }
+        let hidden = self.norm.forward(&x)?.flatten_to(1)?;
+        let how = CrossEntropy { ignore: Some(IGNORE), z_loss: options.z_loss };
+        let summed = match self.output.weight() {
+            MatrixParameter::Variable { tensor, sink: Some(sink) } => {
+                ops::linear_cross_entropy_into(&self.threads, &hidden, tensor, batch.targets, how, sink)?
+            }
+            MatrixParameter::Variable { tensor, sink: None } => {
+                ops::linear_cross_entropy(&self.threads, &hidden, tensor, batch.targets, how)?
+            }
+            MatrixParameter::Stored(_) => {
+                ops::cross_entropy(&self.threads, &self.output.forward(&hidden)?, batch.targets, how)?
+            }
+        };
+        Ok(TrainOutput { loss: summed.loss, num_targets: summed.count, router_logits, routing })
+    }
+
+    /// `B`, `L`, what queries see, and the position of every token.
+    fn place_texts(&self, batch: TrainBatch<'_>) -> Result<(usize, usize, View, Vec<usize>)> {
+        let (b, n) = (batch.num_sequences, batch.tokens.len());
+        let fits = b > 0 && n > 0 && n.is_multiple_of(b) && batch.targets.len() == n;
+        if !fits || batch.segments.is_some_and(|s| s.len() != n) {
+            let message = format!(
+                "{b} sequences of {n} tokens in all, {} targets, {:?} segment numbers",
+                batch.targets.len(),
+                batch.segments.map(<[u32]>::len)
+            );
+            return Err(ModelError::request(message));
+        }
+        let vocab = self.spec.vocab_size;
+        let outside = |id: &&u32| **id as usize >= vocab;
+        let target = batch.targets.iter().filter(|&&id| id != IGNORE).find(outside);
+        if let Some(id) = batch.tokens.iter().find(outside).or(target) {
+            return Err(ModelError::request(format!("token id {id} is outside the vocabulary of {vocab}")));
+        }
+        let t = n / b;
+        let mut starts = vec![0u32; n];
+        if let Some(segments) = batch.segments {
+            for (starts, segments) in starts.chunks_exact_mut(t).zip(segments.chunks_exact(t)) {
+                for i in 1..t {
+                    starts[i] = if segments[i] == segments[i - 1] { starts[i - 1] } else { i as u32 };
+                }
+            }
+        }
+        let positions: Vec<usize> = starts.iter().enumerate().map(|(i, &s)| i % t - s as usize).collect();
+        let longest = positions.iter().max().map_or(0, |p| p + 1);
+        if longest > self.spec.context_len {
+            let message =
+                format!("{longest} tokens are more than the model's context of {}", self.spec.context_len);
+            return Err(ModelError::request(message));
+        }
+        let starts = batch.segments.is_some().then(|| starts.into());
+        Ok((b, t, View { past: 0, padding: None, window: None, starts }, positions))
+    }
+}
