@@ -26,6 +26,7 @@ mod load;
 mod moe;
 mod parameters;
 mod permute;
+mod quantise;
 mod rewrite;
 mod sample;
 pub mod spec;
@@ -46,6 +47,7 @@ pub use moe::{
 };
 pub use parameters::{Gradient, ModelParameters, Parameter, ParameterKind};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
+pub use quantise::{QuantisedClass, quantise};
 pub use rewrite::{ConvertOptions, convert};
 pub use occult_kernels::Threads;
 pub use sample::{Sampler, Sampling};

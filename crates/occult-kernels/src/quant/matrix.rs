@@ -160,6 +160,15 @@ impl<'a> Quantised<'a> {
         }
     }
 
+    /// Errors unless this is `[rows, cols]`.
+    pub(crate) fn expect_shape(&self, what: &str, rows: usize, cols: usize) -> Result<()> {
+        let (n, k) = (self.layout.rows, self.layout.cols);
+        if (n, k) == (rows, cols) {
+            return Ok(());
+        }
+        Err(QuantError::Shape(format!("{what} is [{n}, {k}], expected [{rows}, {cols}]")))
+    }
+
     /// Format and shape.
     pub fn layout(&self) -> &Layout {
         &self.layout

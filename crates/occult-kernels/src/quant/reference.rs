@@ -19,10 +19,15 @@ pub fn scale(w: &Quantised<'_>, row: usize, group: usize) -> f32 {
     w.scales()[w.layout().scale_place(row, group)].to_f32()
 }
 
+/// The weight at `(row, col)`.
+pub fn weight(w: &Quantised<'_>, row: usize, col: usize) -> f32 {
+    level(w, row, col) as f32 * scale(w, row, col / w.layout().group())
+}
+
 /// The weights of a row as f32, `out` `[K]`.
 pub fn dequantise_row(w: &Quantised<'_>, row: usize, out: &mut [f32]) {
     for (col, out) in out.iter_mut().enumerate() {
-        *out = level(w, row, col) as f32 * scale(w, row, col / w.layout().group());
+        *out = weight(w, row, col);
     }
 }
 
@@ -43,10 +48,10 @@ pub const SMALLEST: f32 = 1.0e-30;
 /// ties to even; scale `max|x| * (1 / 127)`. A group with a NaN or an infinity has the scale NaN, so that every product
 /// with it is NaN.
 pub fn quantise_group(x: &[f32]) -> (Vec<i8>, f32) {
-    let max = x.iter().fold(0f32, |m, v| if v.is_nan() { f32::NAN } else { m.max(v.abs()) });
     if x.iter().any(|v| !v.is_finite()) {
         return (vec![0; x.len()], f32::NAN);
     }
+    let max = x.iter().fold(0f32, |m, v| m.max(v.abs()));
     if max < SMALLEST {
         return (vec![0; x.len()], 0.0);
     }

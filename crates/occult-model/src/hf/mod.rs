@@ -5,13 +5,14 @@ mod config;
 mod generation;
 mod keys;
 mod names;
+pub(crate) mod quant_names;
 mod rope;
 mod shard;
 pub(crate) mod write;
 
 pub use checkpoint::Checkpoint;
 pub(crate) use checkpoint::{INDEX, SINGLE, read_json};
-pub(crate) use config::CONFIG;
+pub(crate) use config::{CONFIG, QUANT_METHOD};
 pub use config::read_spec;
 pub use generation::GenerationDefaults;
 pub use names::{ExpertLayout, Matrix, Names, ParameterCounts, Role, TensorInfo};
