@@ -93,7 +93,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Write a model directory back, with the other expert names or another number format
     #[command(after_help = "Examples:\n  occult convert OLMoE-1B-7B-0924/ -o copy/\n  \
-                            occult convert OLMoE-1B-7B-0924/ --layout fused --dtype bf16 -o fused/")]
+                            occult convert OLMoE-1B-7B-0924/ --layout fused --dtype bf16 -o fused/\n  \
+                            occult convert OLMoE-1B-7B-0924/ --quantize q8 -o q8/")]
     Convert(ConvertArgs),
     /// Reorder the experts of a model so that a contiguous split over ranks is a placement
     #[command(

@@ -77,7 +77,9 @@ impl<'a> Matrix<'a> {
             Matrix::F32(values) => values[index],
             Matrix::Bf16(values) => values[index].to_f32(),
             Matrix::F16(values) => values[index].to_f32(),
-            Matrix::Quantised(q) => reference::weight(q, index / q.layout().cols(), index % q.layout().cols()),
+            Matrix::Quantised(q) => {
+                reference::weight(q, index / q.layout().cols(), index % q.layout().cols())
+            }
         }
     }
 }

@@ -43,13 +43,14 @@ pub use kv_cache::KvCache;
 pub use layers::{Linear, Mlp};
 pub use load::{LoadOptions, MakeMoeLayer, ModelFiles};
 pub use moe::{
-    ExpertWeights, LocalExperts, MoeLayer, MoeOutput, Router, RoutingObserver, RoutingRecord, Shared, StackedExperts,
+    ExpertWeights, LocalExperts, MoeLayer, MoeOutput, Router, RoutingObserver, RoutingRecord, Shared,
+    StackedExperts,
 };
+pub use occult_kernels::{Threads, quant};
 pub use parameters::{Gradient, ModelParameters, Parameter, ParameterKind};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use quantise::{QuantisedClass, quantise};
 pub use rewrite::{ConvertOptions, convert};
-pub use occult_kernels::Threads;
 pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};
 #[cfg(feature = "tokenizer")]

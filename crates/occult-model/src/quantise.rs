@@ -13,7 +13,9 @@ use serde_json::Value;
 
 use crate::error::{ModelError, Result};
 use crate::hf::write::{Entry, Part, sort, write_file, write_index};
-use crate::hf::{CONFIG, ExpertLayout, INDEX, Matrix, Names, Role, SINGLE, TensorInfo, quant_names, read_json};
+use crate::hf::{
+    CONFIG, ExpertLayout, INDEX, Matrix, Names, Role, SINGLE, TensorInfo, quant_names, read_json,
+};
 use crate::load::{LoadOptions, ModelFiles};
 use crate::rewrite::{Writer, copy_others, in_new_directory, set_quantised};
 use crate::weight::Weight;

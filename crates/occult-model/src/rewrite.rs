@@ -10,8 +10,8 @@ use serde_json::Value;
 use crate::error::{ModelError, Result};
 use crate::hf::write::{Entry, Part, sort, write_file, write_index};
 use crate::hf::{
-    CONFIG, Checkpoint, ExpertLayout, INDEX, Matrix, Names, QUANT_METHOD, Role, SINGLE, TensorInfo, quant_names,
-    read_json,
+    CONFIG, Checkpoint, ExpertLayout, INDEX, Matrix, Names, QUANT_METHOD, Role, SINGLE, TensorInfo,
+    quant_names, read_json,
 };
 use crate::load::{LoadOptions, ModelFiles};
 use crate::weight::{StoredDtype, Weight};

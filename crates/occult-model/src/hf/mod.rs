@@ -12,7 +12,7 @@ pub(crate) mod write;
 
 pub use checkpoint::Checkpoint;
 pub(crate) use checkpoint::{INDEX, SINGLE, read_json};
-pub(crate) use config::{CONFIG, QUANT_METHOD};
 pub use config::read_spec;
+pub(crate) use config::{CONFIG, QUANT_METHOD};
 pub use generation::GenerationDefaults;
 pub use names::{ExpertLayout, Matrix, Names, ParameterCounts, Role, TensorInfo};

@@ -137,7 +137,8 @@ impl ModelParameters {
         trained: &dyn Fn(&str, ParameterKind) -> bool,
     ) -> Result<Self> {
         Self::make(files.spec(), files.threads(), experts, trained, &mut |info, held| {
-            let tensor = |values: Vec<f32>, shape: &[usize]| Ok(Tensor::from_vec(values, shape, &Device::Cpu)?);
+            let tensor =
+                |values: Vec<f32>, shape: &[usize]| Ok(Tensor::from_vec(values, shape, &Device::Cpu)?);
             let (gate_up, layer) = match info.role {
                 Role::FusedGateUp { layer } => (true, layer),
                 Role::FusedDown { layer } => (false, layer),
