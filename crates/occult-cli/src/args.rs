@@ -9,7 +9,7 @@ use occult_plan::graph::MAX_THRESHOLDS;
 use occult_plan::placement::Method;
 
 use crate::exit;
-use crate::model_args::{ConvertArgs, EvalArgs, GenerateArgs, LogitsArgs, PermuteArgs, ProfileArgs};
+use crate::model_args::{BenchArgs, ConvertArgs, EvalArgs, GenerateArgs, LogitsArgs, PermuteArgs, ProfileArgs};
 
 /// Makes expert-parallel Mixture-of-Experts models faster by keeping experts that work together on one device.
 #[derive(Debug, Parser)]
@@ -73,6 +73,12 @@ pub(crate) enum Command {
                             Every file is one domain of the profile, named like the file without its extension."
     )]
     Profile(ProfileArgs),
+    /// Measure speed on this machine, beside what the machine can do
+    #[command(after_help = "Example:\n  \
+                            occult bench model OLMoE-1B-7B-0924/ --what prefill,decode\n\n\
+                            The limit is the time for all arithmetic at the measured peak of multiply-adds, or for reading\n\
+                            every weight that is needed once at the measured speed of memory, whichever is longer.")]
+    Bench(BenchArgs),
     /// Compute the logits and router choices of a model for token ids
     #[command(after_help = "Example:\n  echo '[[1, 5, 7], [9]]' > ids.json\n  \
                             occult logits OLMoE-1B-7B-0924/ --ids ids.json --out logits.safetensors\n\n\

@@ -23,6 +23,16 @@ pub(crate) fn load(args: &LoadArgs) -> Result<Decoder> {
     Ok(decoder?)
 }
 
+/// Bytes of a weight as it is held, on average.
+pub(crate) fn bytes_per_value(args: &LoadArgs) -> Result<f64> {
+    if let Some(dtype) = args.dtype {
+        return Ok(dtype.stored().bytes() as f64);
+    }
+    let files = ModelFiles::open(&args.model, LoadOptions::default())?;
+    let values = occult_model::hf::ParameterCounts::of(files.spec()).total;
+    Ok(files.checkpoint().total_bytes() as f64 / values.max(1) as f64)
+}
+
 /// The tokenizer of a model directory.
 pub(crate) fn tokenizer(dir: &Path, spec: &ModelSpec) -> Result<TextTokenizer> {
     Ok(TextTokenizer::open(dir, spec)?)

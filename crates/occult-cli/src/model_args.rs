@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use occult_model::StoredDtype;
 use occult_model::hf::ExpertLayout;
 use occult_model::quant::Format;
@@ -71,6 +71,51 @@ pub(crate) struct LoadArgs {
     /// Worker threads [default: the cores of this machine]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+}
+
+/// Parts of inference.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Phase {
+    /// A prompt of 512 tokens, and eight of 128
+    Prefill,
+    /// New tokens after a prompt, for several batch sizes
+    Decode,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) what: BenchWhat,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchWhat {
+    /// Measure how fast a model computes, beside what the machine can do
+    Model(BenchModelArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchModelArgs {
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    /// What to measure
+    #[arg(long, value_enum, value_name = "PHASE", value_delimiter = ',', default_value = "prefill,decode")]
+    pub(crate) what: Vec<Phase>,
+    /// Batch sizes of decoding
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1,8,32")]
+    pub(crate) batches: Vec<usize>,
+    /// Tokens of the prompt before decoding
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) prompt: usize,
+    /// Tokens that are decoded
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) new_tokens: usize,
+    /// Measured runs of each, after one that is not; the median counts
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) runs: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -117,17 +117,20 @@ impl Exchanger {
         Ok(Self {
             rows,
             first: level(between, &BETWEEN),
-            second: Some((level((node..node + per_node).collect(), &WITHIN), NodeSlots::new(placement, topology)?)),
+            second: Some((
+                level((node..node + per_node).collect(), &WITHIN),
+                NodeSlots::new(placement, topology)?,
+            )),
             timers,
         })
     }
 
-    /// The rows of the first hop.
-    pub fn rows(&self, plan: &DispatchPlan) -> RowPlan {
+    /// The rows of the first hop, of some consecutive tokens of the plan.
+    pub fn rows(&self, plan: &DispatchPlan, tokens: Range<usize>) -> RowPlan {
         match (&self.second, self.rows) {
-            (Some((_, slots)), _) => RowPlan::per_node(plan, slots),
-            (None, Rows::PerRank) => RowPlan::dedup(plan),
-            (None, Rows::PerExpert) => RowPlan::conventional(plan),
+            (Some((_, slots)), _) => RowPlan::per_node(plan, tokens, slots),
+            (None, Rows::PerRank) => RowPlan::dedup(plan, tokens),
+            (None, Rows::PerExpert) => RowPlan::conventional(plan, tokens),
         }
     }
 
@@ -190,7 +193,8 @@ impl DispatchInFlight<'_> {
             let node = level.peers[0] / level.peers.len();
             let plan = timers.time(Phase::Plan, || RowPlan::within_node(received, node, slots))?;
             let counts = level.exchange_counts(std::slice::from_ref(&plan), timers)?.swap_remove(0);
-            let hop = level.start_dispatch(plan, Incoming::Counted(counts), &x, received.weights(), d, timers)?;
+            let hop =
+                level.start_dispatch(plan, Incoming::Counted(counts), &x, received.weights(), d, timers)?;
             let (rows, second) = hop.finish(d, timers)?;
             x = rows;
             hops.push(second);

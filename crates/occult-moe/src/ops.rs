@@ -82,9 +82,8 @@ impl CustomOp2 for Dispatch {
         let dw = self.link.weight_grads.lock().unwrap_or_else(PoisonError::into_inner).take();
         let dw = dw.unwrap_or_else(|| vec![0.0; pairs]);
         let grad = grad.contiguous()?;
-        let (dx, dw) = with_f32(&grad, |grad| {
-            path.dispatch_backward(grad, &dw).map_err(MoeError::into_candle)
-        })?;
+        let (dx, dw) =
+            with_f32(&grad, |grad| path.dispatch_backward(grad, &dw).map_err(MoeError::into_candle))?;
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu).map(Some);
         Ok((tensor(dx, x)?, tensor(dw, w)?))
     }

@@ -44,7 +44,11 @@ impl RouterSpec {
         let e = self.num_experts;
         if e == 0 || e > usize::from(ExpertId::MAX) || self.top_k == 0 || self.top_k > e {
             let found = format!("{} of {e}", self.top_k);
-            return Err(MoeError::argument("top_k of the router's experts", "1 to all of at most 65535", found));
+            return Err(MoeError::argument(
+                "top_k of the router's experts",
+                "1 to all of at most 65535",
+                found,
+            ));
         }
         if let Some(bias) = &self.rule.selection_bias {
             check_len("selection bias of the router", e, bias.len())?;
@@ -55,7 +59,11 @@ impl RouterSpec {
             && (1..=g.num_groups).contains(&g.top_groups)
             && (1..=size).contains(&g.best_of)
             && g.top_groups * size >= self.top_k;
-        if fits { Ok(()) } else { Err(MoeError::argument("routing groups", "equal groups that hold top_k", format!("{g:?}"))) }
+        if fits {
+            Ok(())
+        } else {
+            Err(MoeError::argument("routing groups", "equal groups that hold top_k", format!("{g:?}")))
+        }
     }
 
     /// Chooses experts: ids in descending score, equal scores by the lower id; weights of the chosen; the logits as

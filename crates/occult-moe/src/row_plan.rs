@@ -1,5 +1,7 @@
 //! Rows of one hop: which copies go to which group, and how they come back.
 
+use std::ops::Range;
+
 use occult_plan::{DispatchPlan, LayerPlacement, Rank, RowExperts, Topology};
 
 use crate::error::{MoeError, Result};
@@ -39,8 +41,12 @@ struct Pair {
 }
 
 impl RowPlan {
-    /// One row per (token, rank): a plan of occult-plan, as it is.
-    pub fn dedup(plan: &DispatchPlan) -> Self {
+    /// One row per (token, rank), of some consecutive tokens: of all of them, a plan of occult-plan as it is.
+    pub fn dedup(plan: &DispatchPlan, tokens: Range<usize>) -> Self {
+        if tokens.len() != plan.num_tokens() {
+            let (offsets, pairs) = pairs_by_token(plan, tokens, |rank, id| (u32::from(rank), id));
+            return Self::group(plan.num_ranks(), &offsets, &pairs, false);
+        }
         Self {
             group_offsets: plan.rank_offsets().to_vec(),
             row_source: plan.row_token().to_vec(),
@@ -54,14 +60,14 @@ impl RowPlan {
 
     /// One row per (token, expert): what conventional frameworks send. Additions of a token: ranks ascending, then
     /// experts ascending.
-    pub fn conventional(plan: &DispatchPlan) -> Self {
-        let (offsets, pairs) = pairs_by_token(plan, |rank, id| (u32::from(rank), id));
+    pub fn conventional(plan: &DispatchPlan, tokens: Range<usize>) -> Self {
+        let (offsets, pairs) = pairs_by_token(plan, tokens, |rank, id| (u32::from(rank), id));
         Self::group(plan.num_ranks(), &offsets, &pairs, true)
     }
 
     /// One row per (token, node); ids are the node's slots ([`NodeSlots`]).
-    pub(crate) fn per_node(plan: &DispatchPlan, slots: &NodeSlots) -> Self {
-        let (offsets, pairs) = pairs_by_token(plan, |rank, id| {
+    pub(crate) fn per_node(plan: &DispatchPlan, tokens: Range<usize>, slots: &NodeSlots) -> Self {
+        let (offsets, pairs) = pairs_by_token(plan, tokens, |rank, id| {
             (slots.topology.node_of(rank) as u32, slots.base[usize::from(rank)] + id)
         });
         Self::group(slots.topology.num_nodes(), &offsets, &pairs, false)
@@ -182,20 +188,26 @@ impl RowPlan {
     }
 }
 
-/// The pairs of every token, ranks ascending, then experts; with offsets.
-fn pairs_by_token(plan: &DispatchPlan, to: impl Fn(Rank, u16) -> (u32, u16)) -> (Vec<u32>, Vec<Pair>) {
+/// The pairs of some tokens, ranks ascending, then experts; with offsets. Entries count from the first of these tokens.
+fn pairs_by_token(
+    plan: &DispatchPlan,
+    tokens: Range<usize>,
+    to: impl Fn(Rank, u16) -> (u32, u16),
+) -> (Vec<u32>, Vec<Pair>) {
+    let top_k = plan.entry_idx().len().checked_div(plan.num_tokens()).unwrap_or(0);
+    let first_entry = (tokens.start * top_k) as u32;
     let mut rank_of_row = vec![0; plan.num_rows()];
     for rank in 0..plan.num_ranks() {
         rank_of_row[plan.rows_for(rank as Rank)].fill(rank as Rank);
     }
     let experts = plan.row_experts();
     let (mut offsets, mut pairs) = (vec![0], Vec::with_capacity(experts.num_pairs()));
-    for rows in plan.token_offsets().windows(2) {
+    for rows in plan.token_offsets()[tokens.start..=tokens.end].windows(2) {
         for &row in &plan.token_rows()[rows[0] as usize..rows[1] as usize] {
             let row = row as usize;
             for pair in experts.pairs(row..row + 1) {
                 let (group, id) = to(rank_of_row[row], experts.local_experts()[pair]);
-                pairs.push(Pair { group, id, entry: plan.entry_idx()[pair] });
+                pairs.push(Pair { group, id, entry: plan.entry_idx()[pair] - first_entry });
             }
         }
         offsets.push(pairs.len() as u32);

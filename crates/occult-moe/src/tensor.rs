@@ -5,7 +5,9 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
 /// The f32 values of a contiguous CPU storage.
 pub(crate) fn f32s<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let CpuStorage::F32(values) = storage else { bail!("an MoE layer works on f32") };
-    let Some((from, to)) = layout.contiguous_offsets() else { bail!("an MoE layer works on contiguous rows") };
+    let Some((from, to)) = layout.contiguous_offsets() else {
+        bail!("an MoE layer works on contiguous rows")
+    };
     match values.get(from..to) {
         Some(values) => Ok(values),
         None => bail!("layout outside its storage"),

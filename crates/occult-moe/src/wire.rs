@@ -78,7 +78,12 @@ pub(crate) fn take_header(message: &[u8], peer: usize, d: usize) -> Result<([u32
     let counts: [u32; 2] = bytemuck::pod_read_unaligned(head);
     let expected = message_bytes(counts, d);
     if rest.len() != expected {
-        return Err(wrong(format!("{} bytes for {} rows and {} pairs", expected + COUNT_BYTES, counts[0], counts[1])));
+        return Err(wrong(format!(
+            "{} bytes for {} rows and {} pairs",
+            expected + COUNT_BYTES,
+            counts[0],
+            counts[1]
+        )));
     }
     Ok((counts, rest))
 }
@@ -161,7 +166,8 @@ mod tests {
         let mut cut = rest.to_vec();
         let last = cut.len() - 1;
         cut[last] &= 0x7f;
-        let error = unpack(&cut, 7, [2, 3], 2, &mut Vec::new(), &mut RowExperts::new()).expect_err("unmarked");
+        let error =
+            unpack(&cut, 7, [2, 3], 2, &mut Vec::new(), &mut RowExperts::new()).expect_err("unmarked");
         assert!(error.to_string().contains("rank 7"), "{error}");
     }
 }

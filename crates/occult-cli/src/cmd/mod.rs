@@ -1,5 +1,6 @@
 //! One file per command.
 
+mod bench;
 mod convert;
 mod demo;
 mod eval;
@@ -24,6 +25,7 @@ use crate::args::Command;
 pub(crate) fn run(command: Command) -> Result<()> {
     match command {
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Import(args) => import::run(&args),
         Command::Stats(args) => stats::run(&args),
         Command::Traffic(args) => traffic::run(&args),

@@ -17,5 +17,5 @@ pub use mlp::Mlp;
 pub(crate) use norm::RmsNorm;
 pub(crate) use parameter::MatrixParameter;
 pub(crate) use rope::{Rope, Rotation};
-pub(crate) use stored::{f32s, with_f32};
+pub(crate) use stored::with_f32;
 pub(crate) use view::View;

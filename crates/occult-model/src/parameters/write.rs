@@ -36,7 +36,7 @@ impl ModelParameters {
             let values = fetch(&info.name)?;
             let whole = Weight::from_f32(&info.name, &values, info.shape.clone(), dtype)?;
             drop(values);
-            let cut = |e: usize, from: usize, to: usize, name: String| {
+            let cut = |e: usize, from: usize, to: usize, name: String| -> Result<Entry> {
                 let part = whole.slab_rows(e, from, to);
                 let part = part.ok_or_else(|| ModelError::request(format!("{name}: no expert {e}")))?;
                 Ok(Entry::of_values(name, part.shape().to_vec(), dtype, vec![part]))

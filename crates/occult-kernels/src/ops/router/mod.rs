@@ -2,6 +2,7 @@
 //!
 //! The choice itself has no gradient; weights and losses have one, through the scores.
 
+mod group;
 mod loss;
 mod reference;
 mod scores;
@@ -12,6 +13,7 @@ mod weights;
 
 use candle_core::{Result, Tensor};
 
+pub use group::Grouped;
 pub use loss::{expert_balance_loss, load_balancing_loss, router_z_loss, sequence_balance_loss};
 pub use reference::routing_weights as reference;
 pub use scores::{Scoring, router_scores};

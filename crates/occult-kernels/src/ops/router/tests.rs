@@ -185,3 +185,20 @@ fn losses_have_the_slopes_they_say() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn grouping_turns_a_routing_around() -> Result<()> {
+    let ids = [2, 0, ABSENT, 2, 0, 3];
+    let grouped = Grouped::new(&ids, 2, 4)?;
+    assert_eq!(grouped.rows.expert_offsets(), [0, 2, 2, 4, 5]);
+    assert_eq!(grouped.rows.row_idx(), [0, 2, 0, 1, 2]);
+    assert_eq!(grouped.slots, [1, 4, 0, 3, 5]);
+    let weights = Tensor::new(&[[0f32, 1.0], [2.0, 3.0], [4.0, 5.0]], &Device::Cpu)?;
+    assert_eq!(grouped.row_weights(&weights)?.to_vec1::<f32>()?, [1.0, 4.0, 0.0, 3.0, 5.0]);
+    assert!(Grouped::new(&[1, 1], 2, 4).is_err());
+    assert!(Grouped::new(&[1, 4], 2, 4).is_err());
+    assert!(Grouped::new(&[1, 2, 3], 2, 4).is_err());
+    assert!(Grouped::new(&[], 0, 4).is_err());
+    assert_eq!(Grouped::new(&[], 2, 4)?.rows.num_expanded(), 0);
+    Ok(())
+}

@@ -1,0 +1,323 @@
+//! One expert-parallel MoE layer.
+//!
+//! # The algorithm
+//! On every rank, with its own tokens; all ranks run the same steps, so that every collective call is met.
+//! 1. *Choose*: router logits to `K` experts per token ([`RouterSpec::select`]).
+//! 2. *Prune*: limit the ranks a token visits, if asked to; `K` experts stay. Weights of the final experts follow from the
+//!    logits by the model's own rule, differentiably ([`routing_weights`]).
+//! 3. *Plan*: BRIM_0, one row per (token, rank).
+//! 4. *Dispatch*: counts, then rows with the local experts and weights they are for. Meanwhile the shared experts are
+//!    computed.
+//! 5. *Expand*: BRIM_1, one row per (received row, local expert).
+//! 6. *Scattering sparse matmul* with gate and up; activation times routing weight; *merging sparse matmul* with down.
+//! 7. *Combine*: rows go back the way they came, and a token adds its copies.
+//!
+//! Order of additions: within a rank experts ascending, then ranks ascending (on two levels: ranks of a node ascending,
+//! then nodes). So the bits depend on the placement, the mode and the levels, not on timing, threads or parts.
+//!
+//! Backward, walked by autograd: 7 sends gradients of outputs to the experts, 6 gives those of weights, pre-activations
+//! and rows, 4 returns the gradients of rows and routing weights in one exchange.
+//!
+//! A world of one rank takes the same steps with a communicator of one.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use occult_comm::{CommError, Communicator};
+use occult_kernels::ops::{GradSink, merging_smm, merging_smm_into, scattering_smm, scattering_smm_into};
+use occult_kernels::{SparseRows, Threads};
+use occult_plan::cost::LayerShape;
+use occult_plan::{DispatchPlan, ExpertRows, LayerPlacement, PruneStats, RoutingBuf, prune};
+
+use crate::config::{LayerOptions, Mode, Overlap, Step, TwoLevel};
+use crate::error::{MoeError, Result, check_len};
+use crate::exchange::{DispatchHandle, Exchanger};
+use crate::ops::Link;
+use crate::overlap::{chunk, chunk_count};
+use crate::router::{RouterSpec, routing_weights};
+use crate::tensor::with_f32;
+use crate::timers::{Phase, PhaseSeconds, Timers};
+
+/// One layer's experts over all ranks of a communicator, without their weights: these are arguments, so that whoever
+/// owns them (a model, an optimiser, a mapped file) keeps them.
+#[derive(Debug)]
+pub struct ExpertParallelLayer {
+    pub(crate) comm: Arc<dyn Communicator>,
+    pub(crate) router: RouterSpec,
+    pub(crate) placement: LayerPlacement,
+    pub(crate) options: LayerOptions,
+    pub(crate) threads: Threads,
+    pub(crate) exchanger: Exchanger,
+    /// For small batches when `exchanger` has two levels.
+    pub(crate) straight: Option<Exchanger>,
+    pub(crate) timers: Arc<Timers>,
+}
+
+/// Weights of this rank's experts, in ascending expert id.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertTensors<'a> {
+    /// `[e, 2F, D]` f32: gate rows, then up rows.
+    pub w_up: &'a Tensor,
+    /// `[e, D, F]` f32.
+    pub w_down: &'a Tensor,
+    /// Where their gradients are added, instead of autograd's store.
+    pub sinks: Option<[&'a GradSink; 2]>,
+}
+
+/// What the router and pruning decided for this rank's tokens.
+#[derive(Debug, Clone)]
+pub struct Decision {
+    /// Final experts, their weights, and the router's logits as scores.
+    pub routing: RoutingBuf,
+    /// What pruning did.
+    pub pruned: Option<PruneStats>,
+}
+
+/// Something to compute while rows are under way.
+pub type Meanwhile<'a, T> = &'a mut dyn FnMut() -> Result<T>;
+
+impl ExpertParallelLayer {
+    /// A layer whose experts live where `placement` says. Collective in the sense that every rank must give the same
+    /// arguments (but `threads`).
+    pub fn new(
+        comm: Arc<dyn Communicator>,
+        router: RouterSpec,
+        placement: LayerPlacement,
+        options: LayerOptions,
+        threads: Threads,
+    ) -> Result<Self> {
+        router.check()?;
+        check_len("experts of the placement", router.num_experts, placement.num_experts())?;
+        let topology = options.topology;
+        let levels = topology.num_nodes() > 1 && topology.ranks_per_node() > 1;
+        let two_level = options.two_level == TwoLevel::Auto && levels && options.mode == Mode::Dedup;
+        let timers = Arc::new(Timers::default());
+        let exchanger = |two_level| {
+            let (comm, rows, timers) = (Arc::clone(&comm), options.mode.rows(), Arc::clone(&timers));
+            Exchanger::new(comm, &placement, topology, rows, two_level, timers)
+        };
+        let straight = two_level.then(|| exchanger(false)).transpose()?;
+        let exchanger = exchanger(two_level)?;
+        Ok(Self { comm, router, placement, options, threads, exchanger, straight, timers })
+    }
+
+    /// How it runs.
+    pub fn options(&self) -> &LayerOptions {
+        &self.options
+    }
+
+    /// Where its experts live.
+    pub fn placement(&self) -> &LayerPlacement {
+        &self.placement
+    }
+
+    /// Its router's rule.
+    pub fn router(&self) -> &RouterSpec {
+        &self.router
+    }
+
+    /// Its communicator.
+    pub fn comm(&self) -> &Arc<dyn Communicator> {
+        &self.comm
+    }
+
+    /// Experts of this rank, ascending: whose weights it wants.
+    pub fn local_experts(&self) -> &[occult_plan::ExpertId] {
+        self.placement.experts_of(self.comm.rank() as occult_plan::Rank)
+    }
+
+    /// Time per phase since the last call.
+    pub fn take_seconds(&self) -> PhaseSeconds {
+        self.timers.take()
+    }
+
+    /// The differentiable layer: `x` `[T, D]` and router logits `[T, E]`, both f32, to the weighted sum of the chosen
+    /// experts' outputs `[T, D]`, plus what `shared` computes while rows are under way.
+    ///
+    /// `step`: tokens of every rank, needed for [`Overlap::Auto`] only and asked for (one collective call) when absent.
+    ///
+    /// # Errors
+    /// Any failure of this rank is told to all others, whose calls then fail with [`CommError::Peer`].
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        logits: &Tensor,
+        experts: ExpertTensors<'_>,
+        step: Option<&Step>,
+        shared: Option<Meanwhile<'_, Tensor>>,
+    ) -> Result<(Tensor, Decision)> {
+        self.or_abort(|| {
+            let logits = logits.contiguous()?;
+            let decision = self.timers.time(Phase::Plan, || {
+                let values = with_f32(&logits, |values| Ok(values.to_vec()))?;
+                self.decide(&values)
+            })?;
+            let weights = routing_weights(&self.router, &logits, &decision.routing.expert_ids)?;
+            let y = self.forward_routed(x, &decision.routing, &weights, experts, step, shared)?;
+            Ok((y, decision))
+        })
+    }
+
+    /// Choice and pruning, from logits `[T, E]`.
+    pub fn decide(&self, logits: &[f32]) -> Result<Decision> {
+        let mut routing = self.router.select(logits)?;
+        let Some(pruning) = &self.options.pruning else { return Ok(Decision { routing, pruned: None }) };
+        let (placement, topology) = (&self.placement, self.options.topology);
+        let rule = pruning.rule.rule();
+        let pruned = prune(&routing.view()?, placement, topology, rule, pruning.budget, &self.router.rule)?;
+        routing.expert_ids = pruned.routing.expert_ids;
+        routing.weights = Some(self.router.weights(logits, &routing.expert_ids)?);
+        Ok(Decision { routing, pruned: Some(pruned.stats) })
+    }
+
+    /// [`forward`](Self::forward) from a decision: steps 3 to 7 of [the module](self). `weights` `[T, K]` of
+    /// `routing`'s experts; they get a gradient.
+    pub fn forward_routed(
+        &self,
+        x: &Tensor,
+        routing: &RoutingBuf,
+        weights: &Tensor,
+        experts: ExpertTensors<'_>,
+        step: Option<&Step>,
+        mut shared: Option<Meanwhile<'_, Tensor>>,
+    ) -> Result<Tensor> {
+        self.or_abort(|| {
+            let (tokens, d) = x.dims2()?;
+            check_len("routing of the tokens", tokens, routing.num_tokens())?;
+            check_len("routing weights", routing.expert_ids.len(), weights.elem_count())?;
+            self.check_experts(experts, d)?;
+            let (x, weights) = (x.contiguous()?, weights.contiguous()?);
+            let plan = self.timers.time(Phase::Plan, || self.plan(routing))?;
+            let num_chunks = self.num_chunks(tokens, d, experts.w_down.dims()[2], step)?;
+            let parts: Vec<Range<usize>> = (0..num_chunks).map(|i| chunk(tokens, i, num_chunks)).collect();
+            let rows: Vec<_> = self.timers.time(Phase::Plan, || {
+                parts.iter().map(|part| self.exchanger.rows(&plan, part.clone())).collect()
+            });
+            let counts = self.exchanger.exchange_counts(&rows)?;
+
+            // Every dispatch is started before anything is computed, every combine as soon as its rows are there.
+            let k = routing.top_k;
+            let mut dispatches = Vec::with_capacity(num_chunks);
+            for ((part, rows), counts) in parts.iter().zip(rows).zip(counts) {
+                let started = with_f32(&x, |x| {
+                    with_f32(&weights, |w| {
+                        let (x, w) = (&x[part.start * d..part.end * d], &w[part.start * k..part.end * k]);
+                        Ok(self.exchanger.start_dispatch(rows, counts, x, w, d))
+                    })
+                })??;
+                dispatches.push(started);
+            }
+            let shared = match &mut shared {
+                Some(compute) => Some(self.timers.time(Phase::Compute, || compute())?),
+                None => None,
+            };
+            let mut combines = Vec::with_capacity(num_chunks);
+            for (part, dispatch) in parts.iter().zip(dispatches) {
+                let (received, handle) = dispatch.finish()?;
+                let part_of = |t: &Tensor| match num_chunks {
+                    1 => Ok(t.clone()),
+                    _ => t.narrow(0, part.start, part.len()),
+                };
+                let link = Link::new(handle.path(), d);
+                let received = link.dispatch(&part_of(&x)?, &part_of(&weights)?, received)?;
+                let outputs = self.experts(&link, &received, &handle, experts)?;
+                let combine = with_f32(&outputs, |y| Ok(handle.start_combine(y)))??;
+                combines.push((link, outputs, combine));
+            }
+            let mut y = Vec::with_capacity(num_chunks);
+            for (link, outputs, combine) in combines {
+                y.push(link.combine(&outputs, combine.finish()?)?);
+            }
+            let y = if y.len() == 1 { y.swap_remove(0) } else { Tensor::cat(&y, 0)? };
+            Ok(match shared {
+                Some(shared) => (y + shared)?,
+                None => y,
+            })
+        })
+    }
+
+    /// Steps 5 and 6: the received rows `[R, D]` to the sums of their experts' outputs `[R, D]`.
+    fn experts(
+        &self,
+        link: &Link,
+        rows: &Tensor,
+        handle: &DispatchHandle,
+        experts: ExpertTensors<'_>,
+    ) -> Result<Tensor> {
+        let (expanded, sparse) = self.timers.time(Phase::Plan, || self.expand(handle))?;
+        let (expanded, sparse) = (Arc::new(expanded), Arc::new(sparse));
+        let row_weights = link.row_weights(rows, &expanded)?;
+        let (threads, w_up, w_down) = (&self.threads, experts.w_up, experts.w_down);
+        self.timers.time(Phase::Compute, || {
+            Ok(match experts.sinks {
+                None => {
+                    let pre = scattering_smm(threads, &sparse, rows, w_up)?;
+                    merging_smm(threads, &sparse, &pre, w_down, &row_weights)?
+                }
+                Some([up, down]) => {
+                    let pre = scattering_smm_into(threads, &sparse, rows, w_up, up)?;
+                    merging_smm_into(threads, &sparse, &pre, w_down, &row_weights, down)?
+                }
+            })
+        })
+    }
+
+    /// BRIM_1 of the received rows, and the same as the kernels want it.
+    pub(crate) fn expand(&self, handle: &DispatchHandle) -> Result<(ExpertRows, SparseRows)> {
+        let received = handle.row_experts();
+        let expanded = ExpertRows::build(self.local_experts().len(), received)?;
+        let (offsets, idx) = (expanded.expert_offsets().to_vec(), expanded.brim().scatter_idx().to_vec());
+        let sparse = SparseRows::new(received.num_rows(), offsets, idx)
+            .map_err(|error| MoeError::argument("rows of the experts", "a plan", error))?;
+        Ok((expanded, sparse))
+    }
+
+    /// BRIM_0 of this rank's tokens.
+    pub(crate) fn plan(&self, routing: &RoutingBuf) -> Result<DispatchPlan> {
+        check_len("experts per token", self.router.top_k, routing.top_k)?;
+        Ok(DispatchPlan::build(&routing.view()?, &self.placement, self.options.topology)?)
+    }
+
+    /// Parts of a step, the same on every rank.
+    pub(crate) fn num_chunks(&self, tokens: usize, d: usize, f: usize, step: Option<&Step>) -> Result<usize> {
+        let cluster = match &self.options.overlap {
+            Overlap::Off => return Ok(1),
+            Overlap::Chunks(n) => return Ok((*n).max(1)),
+            Overlap::Auto(cluster) => cluster,
+        };
+        let asked;
+        let step = match step {
+            Some(step) => step,
+            None => {
+                asked = Step::agree(&*self.comm, tokens)?;
+                &asked
+            }
+        };
+        let shape = LayerShape::gated(d, f, 4.0);
+        // The slowest rank sets the pace: as if all had as many tokens as the one that has most.
+        let all = step.max_tokens() * self.comm.world_size();
+        let (placement, topology) = (&self.placement, self.options.topology);
+        Ok(chunk_count(cluster, &shape, placement, topology, self.router.top_k, all))
+    }
+
+    fn check_experts(&self, experts: ExpertTensors<'_>, d: usize) -> Result<()> {
+        let e = self.local_experts().len();
+        let (up, down) = (experts.w_up.dims3()?, experts.w_down.dims3()?);
+        let expected = (e, 2 * down.2, d);
+        if up != expected || (down.0, down.1) != (e, d) {
+            let expected = format!("[{e}, 2 F, {d}] and [{e}, {d}, F]");
+            return Err(MoeError::argument("expert weights", expected, format!("{up:?} and {down:?}")));
+        }
+        Ok(())
+    }
+
+    /// Tells the other ranks of a failure of this one. A rank that failed because another did has nothing to tell.
+    pub(crate) fn or_abort<R>(&self, body: impl FnOnce() -> Result<R>) -> Result<R> {
+        body().inspect_err(|error| {
+            if !matches!(error, MoeError::Comm(CommError::Peer { .. })) {
+                self.comm.abort(&error.to_string());
+            }
+        })
+    }
+}
