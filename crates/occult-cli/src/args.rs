@@ -9,7 +9,9 @@ use occult_plan::graph::MAX_THRESHOLDS;
 use occult_plan::placement::Method;
 
 use crate::exit;
-use crate::model_args::{BenchArgs, ConvertArgs, EvalArgs, GenerateArgs, LogitsArgs, PermuteArgs, ProfileArgs};
+use crate::model_args::{
+    BenchArgs, ConvertArgs, EvalArgs, GenerateArgs, LogitsArgs, PermuteArgs, ProfileArgs,
+};
 
 /// Makes expert-parallel Mixture-of-Experts models faster by keeping experts that work together on one device.
 #[derive(Debug, Parser)]
