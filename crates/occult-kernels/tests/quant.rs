@@ -298,3 +298,42 @@ fn the_layout_is_the_documented_one() {
         assert_eq!((reference::level(&view, 17, 70), reference::level(&view, 17, 95)), (0, 0), "padding");
     }
 }
+
+#[test]
+fn the_general_entries_take_quantised_matrices_or_say_that_they_do_not() {
+    use occult_kernels::linear::{LinearDims, linear as dense, linear_bwd_x};
+    use occult_kernels::smm::{ExpertDims, ExpertMatrices, GateUp, expert_ffn, scatter};
+    use occult_kernels::{KernelError, Matrix};
+    let (d, f, threads) = (64, 32, Threads::new(1));
+    let mats: Vec<_> = [(f, d), (f, d), (d, f)]
+        .into_iter()
+        .map(|(n, k)| encode(Format::Q8, 32, n, k, &normal(n * k, n as u64)))
+        .collect();
+    let matrix = |i: usize| Matrix::Quantised(mats[i].view());
+    let x = normal(d, 3);
+    let (mut got, mut want) = (vec![0.0; f], vec![0.0; f]);
+    let dims = LinearDims { rows: 1, out: f, inner: d };
+    dense(&threads, dims, &x, matrix(0), &mut got).expect("linear");
+    reference::linear(&x, &mats[0].view(), 1, &mut want).expect("reference");
+    assert_eq!(bits(&got), bits(&want));
+    assert_eq!(matrix(0).at(70), reference::dequantise(&mats[0].view())[70]);
+    // The right number of values in the wrong shape.
+    let turned = LinearDims { rows: 2, out: d, inner: f };
+    let is = |e: Result<(), KernelError>| assert!(matches!(e, Err(KernelError::Quantised { .. })), "{e:?}");
+    is(dense(&threads, turned, &x, matrix(0), &mut vec![0.0; 2 * d]));
+    is(linear_bwd_x(&threads, dims, &got, matrix(0), &mut vec![0.0; d]));
+    let rows = SparseRows::new(1, vec![0, 1], vec![0]).expect("rows");
+    let dims = ExpertDims { hidden: d, intermediate: f };
+    let up = [GateUp { gate: matrix(0), up: matrix(1) }];
+    is(scatter(&threads, &rows, dims, &x, &up, &mut vec![0.0; 2 * f]));
+    let floats = normal(d * f, 9);
+    let expert = ExpertMatrices { gate: matrix(0), up: matrix(1), down: matrix(2) };
+    let mixed = ExpertMatrices { down: Matrix::F32(&floats), ..expert };
+    let mut y = vec![0.0; d];
+    is(expert_ffn(&threads, &rows, dims, &x, &[mixed], &[0.5], &mut y));
+    expert_ffn(&threads, &rows, dims, &x, &[expert], &[0.5], &mut y).expect("ffn");
+    let quantised = QuantisedExpert { gate: mats[0].view(), up: mats[1].view(), down: mats[2].view() };
+    let want = dense_ffn(&rows, &x, &[quantised], &[0.5], d, f);
+    let size = want.iter().fold(0f32, |a, v| a.max(v.abs()));
+    assert!(y.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 0.02 * size) && size > 0.0);
+}
