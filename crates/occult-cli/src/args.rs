@@ -9,7 +9,9 @@ use occult_plan::graph::MAX_THRESHOLDS;
 use occult_plan::placement::Method;
 
 use crate::exit;
-use crate::model_args::{BenchArgs, ConvertArgs, EvalArgs, GenerateArgs, LogitsArgs, PermuteArgs, ProfileArgs};
+use crate::model_args::{
+    BenchArgs, ConvertArgs, EvalArgs, GenerateArgs, LogitsArgs, PermuteArgs, ProfileArgs,
+};
 
 /// Makes expert-parallel Mixture-of-Experts models faster by keeping experts that work together on one device.
 #[derive(Debug, Parser)]
@@ -100,7 +102,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Write a model directory back, with the other expert names or another number format
     #[command(after_help = "Examples:\n  occult convert OLMoE-1B-7B-0924/ -o copy/\n  \
-                            occult convert OLMoE-1B-7B-0924/ --layout fused --dtype bf16 -o fused/")]
+                            occult convert OLMoE-1B-7B-0924/ --layout fused --dtype bf16 -o fused/\n  \
+                            occult convert OLMoE-1B-7B-0924/ --quantize q8 -o q8/")]
     Convert(ConvertArgs),
     /// Reorder the experts of a model so that a contiguous split over ranks is a placement
     #[command(

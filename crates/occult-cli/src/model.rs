@@ -14,7 +14,8 @@ const WINDOW: usize = 2048;
 
 /// Loads a model with all experts in this process.
 pub(crate) fn load(args: &LoadArgs) -> Result<Decoder> {
-    let options = LoadOptions { dtype: args.dtype.map(|d| d.stored()), threads: args.threads.map(Threads::new) };
+    let options =
+        LoadOptions { dtype: args.dtype.map(|d| d.stored()), threads: args.threads.map(Threads::new) };
     let files = ModelFiles::open(&args.model, options)?;
     let spinner = progress::spinner(&format!("loading {}", args.model.display()));
     let decoder = files.load();

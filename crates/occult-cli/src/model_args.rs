@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 use occult_model::hf::ExpertLayout;
+use occult_model::quant::Format;
 use occult_model::{PASS_ROWS, StoredDtype};
 
 /// Number formats of weights.
@@ -20,6 +21,24 @@ impl Dtype {
             Dtype::F32 => StoredDtype::F32,
             Dtype::Bf16 => StoredDtype::Bf16,
             Dtype::F16 => StoredDtype::F16,
+        }
+    }
+}
+
+/// Bits of quantised weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Quantize {
+    /// 8 bits, a scale for every 32 columns: 8.5 bits per weight
+    Q8,
+    /// 4 bits, a scale for every 32 columns: 4.5 bits per weight; the output layer keeps 8
+    Q4,
+}
+
+impl Quantize {
+    pub(crate) fn format(self) -> Format {
+        match self {
+            Quantize::Q8 => Format::Q8,
+            Quantize::Q4 => Format::Q4,
         }
     }
 }
@@ -230,6 +249,9 @@ pub(crate) struct ConvertArgs {
     /// Number format of the weights [default: as stored]
     #[arg(long, value_enum)]
     pub(crate) dtype: Option<Dtype>,
+    /// Write experts and dense matrices in few bits, for `occult` alone; print the errors
+    #[arg(long, value_enum, conflicts_with_all = ["layout", "dtype"])]
+    pub(crate) quantize: Option<Quantize>,
 }
 
 #[derive(Debug, Args)]

@@ -6,6 +6,7 @@
 //!
 //! - [`smm`]: the scattering and the merging sparse matmul, forward and backward, and the whole expert network.
 //! - [`linear`]: a dense layer, forward and backward.
+//! - [`quant`]: 8-bit and 4-bit weights, products in integers, inference only.
 //! - `ops` (feature `candle`): operations on candle tensors with forward and backward.
 //! - [`Threads`]: how many cores a call may use; each rank owns one.
 //! - [`SparseRows`]: which rows an expert works on.
@@ -22,6 +23,7 @@ mod matrix;
 #[cfg(feature = "candle")]
 pub mod ops;
 pub mod peak;
+pub mod quant;
 mod rows;
 mod simd;
 pub mod smm;

@@ -1,5 +1,7 @@
 use half::{bf16, f16};
 
+use crate::quant::{Quantised, reference};
+
 /// A weight matrix `[rows = out, cols = in]`, row-major, in the type it is stored in.
 ///
 /// The number of columns is given by the call that uses it. Values are widened to `f32` while they are read; no copy
@@ -13,6 +15,8 @@ pub enum Matrix<'a> {
     Bf16(&'a [bf16]),
     /// IEEE half precision.
     F16(&'a [f16]),
+    /// 8 or 4 bits in groups, for inference: products are in integers, see [`crate::quant`].
+    Quantised(Quantised<'a>),
 }
 
 impl<'a> Matrix<'a> {
@@ -23,6 +27,7 @@ impl<'a> Matrix<'a> {
             Matrix::F32(values) => values.len(),
             Matrix::Bf16(values) => values.len(),
             Matrix::F16(values) => values.len(),
+            Matrix::Quantised(q) => q.layout().rows() * q.layout().cols(),
         }
     }
 
@@ -39,11 +44,12 @@ impl<'a> Matrix<'a> {
             Matrix::F32(values) => size_of_val(*values),
             Matrix::Bf16(values) => size_of_val(*values),
             Matrix::F16(values) => size_of_val(*values),
+            Matrix::Quantised(q) => q.bytes(),
         }
     }
 
     /// The first `row` rows of `cols` columns, and the rest: a fused `[2F, D]` gate and up matrix becomes its halves.
-    /// `None` when there are fewer rows.
+    /// `None` when there are fewer rows, or the matrix is quantised.
     #[must_use]
     pub fn split_rows(self, row: usize, cols: usize) -> Option<(Self, Self)> {
         let at = row.checked_mul(cols)?;
@@ -57,6 +63,7 @@ impl<'a> Matrix<'a> {
             Matrix::F16(values) => {
                 values.split_at_checked(at).map(|(a, b)| (Matrix::F16(a), Matrix::F16(b)))?
             }
+            Matrix::Quantised(_) => return None,
         })
     }
 
@@ -70,6 +77,9 @@ impl<'a> Matrix<'a> {
             Matrix::F32(values) => values[index],
             Matrix::Bf16(values) => values[index].to_f32(),
             Matrix::F16(values) => values[index].to_f32(),
+            Matrix::Quantised(q) => {
+                reference::weight(q, index / q.layout().cols(), index % q.layout().cols())
+            }
         }
     }
 }

@@ -71,7 +71,8 @@ impl Decoder {
             padding.iter().flat_map(|p| (past..past + t).map(move |i| i.saturating_sub(*p))).collect();
         let rotation = self.rope.at(&positions, b)?;
         let padded = padding.iter().any(|&p| p > 0);
-        let view = View { past, padding: padded.then(|| padding.as_slice().into()), window: None, starts: None };
+        let view =
+            View { past, padding: padded.then(|| padding.as_slice().into()), window: None, starts: None };
         let is_token: Option<Vec<bool>> = padding
             .iter()
             .any(|&p| p > past)

@@ -87,11 +87,7 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache for a model with this many layers.
     pub(crate) fn new(num_layers: usize) -> Self {
-        Self {
-            layers: (0..num_layers).map(|_| LayerCache::default()).collect(),
-            len: 0,
-            padding: Vec::new(),
-        }
+        Self { layers: (0..num_layers).map(|_| LayerCache::default()).collect(), len: 0, padding: Vec::new() }
     }
 
     /// Positions so far, padding included.
@@ -117,7 +113,8 @@ mod tests {
     #[test]
     fn pieces_follow_each_other_and_clones_go_their_own_way() -> Result<()> {
         let mut cache = LayerCache::default();
-        let pieces: Vec<Tensor> = [50, 1, 30, 1, 200].into_iter().enumerate().map(|(i, t)| rows(i, t)).collect();
+        let pieces: Vec<Tensor> =
+            [50, 1, 30, 1, 200].into_iter().enumerate().map(|(i, t)| rows(i, t)).collect();
         for i in 0..pieces.len() {
             let mut other = cache.clone();
             let [k, v] = cache.append([&pieces[i], &pieces[i]])?;

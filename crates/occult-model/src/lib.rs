@@ -51,6 +51,7 @@ mod moe;
 mod parameters;
 mod passes;
 mod permute;
+mod quantise;
 mod rewrite;
 mod sample;
 pub mod spec;
@@ -70,10 +71,11 @@ pub use moe::{
     ExpertWeights, LocalExperts, MoeLayer, MoeOutput, ParallelExperts, Router, RoutingObserver,
     RoutingRecord, Shared, StackedExperts,
 };
-pub use occult_kernels::Threads;
-pub use parameters::{Gradient, ModelParameters, Parameter, ParameterKind};
+pub use occult_kernels::{Threads, quant};
+pub use parameters::{Gradient, MakeTrainableMoe, ModelParameters, Parameter, ParameterKind};
 pub use passes::{PASS_ROWS, Pass, PassObserver, for_each_pass, passes};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
+pub use quantise::{QuantisedClass, quantise};
 pub use rewrite::{ConvertOptions, Progress, convert};
 pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};

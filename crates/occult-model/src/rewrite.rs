@@ -10,7 +10,8 @@ use serde_json::Value;
 use crate::error::{ModelError, Result};
 use crate::hf::write::{Entry, Part, sort, write_file, write_index};
 use crate::hf::{
-    CONFIG, Checkpoint, ExpertLayout, INDEX, Matrix, Names, Role, SINGLE, TensorInfo, read_json,
+    CONFIG, Checkpoint, ExpertLayout, INDEX, Matrix, Names, QUANT_METHOD, Role, SINGLE, TensorInfo,
+    quant_names, read_json,
 };
 use crate::load::{LoadOptions, ModelFiles};
 use crate::weight::{StoredDtype, Weight};
@@ -52,6 +53,14 @@ pub(crate) fn rewrite(
     progress: &mut Progress<'_>,
     check: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
+    in_new_directory(to, |dir| {
+        write_all(files, dir, options, orders, progress)?;
+        check(dir)
+    })
+}
+
+/// Makes the directory `to` with what `write` puts into a temporary one beside it.
+pub(crate) fn in_new_directory(to: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let occupied = fs::read_dir(to).map(|mut d| d.next().is_some()).unwrap_or(to.exists());
     if occupied {
         return Err(ModelError::bad(to, "", "exists already; give a new directory"));
@@ -64,8 +73,7 @@ pub(crate) fn rewrite(
         .prefix(".occult-")
         .tempdir_in(parent)
         .map_err(|e| ModelError::io("make a directory in", parent, e))?;
-    write_all(files, temporary.path(), options, orders, progress)?;
-    check(temporary.path())?;
+    write(temporary.path())?;
     // Directories made for one user become readable like any other.
     #[cfg(unix)]
     {
@@ -99,7 +107,8 @@ fn write_all(
         shards[shard].push(entry);
     }
     // Tensors that a checkpoint may carry without being part of the model stay.
-    for name in checkpoint.names().filter(|n| !listed.contains(*n)) {
+    let part = |n: &str| quant_names::base(n).is_some_and(|base| listed.contains(base));
+    for name in checkpoint.names().filter(|n| !listed.contains(*n) && !part(n)) {
         if let (Some(shard), Some((file, span))) = (checkpoint.shard_of(name), checkpoint.span(name)) {
             let parts = vec![Part::Raw(file.map.clone(), span.from, span.to)];
             let (shape, bytes) = (span.shape.clone(), span.to - span.from);
@@ -144,12 +153,13 @@ fn write_all(
     }
     if let Some(dtype) = options.dtype {
         set_dtype(&to.join(CONFIG), dtype)?;
+        set_quantised(&to.join(CONFIG), None)?;
     }
     Ok(())
 }
 
 /// Everything in the directory that is not weights.
-fn copy_others(checkpoint: &Checkpoint, to: &Path) -> Result<()> {
+pub(crate) fn copy_others(checkpoint: &Checkpoint, to: &Path) -> Result<()> {
     let dir = checkpoint.dir();
     let failed = |e| ModelError::io("list", dir, e);
     for entry in fs::read_dir(dir).map_err(failed)? {
@@ -181,15 +191,28 @@ fn set_dtype(config: &Path, dtype: StoredDtype) -> Result<()> {
     fs::write(config, text).map_err(|e| ModelError::io("write", config, e))
 }
 
-struct Writer<'a> {
-    files: &'a ModelFiles,
-    dtype: Option<StoredDtype>,
-    orders: Option<&'a ExpertOrders>,
+/// Says in config.json that the weights are quantised by us, or that they are not.
+pub(crate) fn set_quantised(config: &Path, format: Option<&str>) -> Result<()> {
+    const KEY: &str = "quantization_config";
+    let mut json: Value = read_json(config)?;
+    match format {
+        Some(format) => json[KEY] = serde_json::json!({ "quant_method": QUANT_METHOD, "format": format }),
+        None if json.get(KEY).is_none() => return Ok(()),
+        None => drop(json.as_object_mut().and_then(|o| o.remove(KEY))),
+    }
+    let text = serde_json::to_string_pretty(&json).unwrap_or_default() + "\n";
+    fs::write(config, text).map_err(|e| ModelError::io("write", config, e))
+}
+
+pub(crate) struct Writer<'a> {
+    pub(crate) files: &'a ModelFiles,
+    pub(crate) dtype: Option<StoredDtype>,
+    pub(crate) orders: Option<&'a ExpertOrders>,
 }
 
 impl Writer<'_> {
     /// The tensor to write and the shard it belongs to: that of its (first) source.
-    fn entry(&self, info: TensorInfo) -> Result<(usize, Entry)> {
+    pub(crate) fn entry(&self, info: TensorInfo) -> Result<(usize, Entry)> {
         let experts = self.files.spec().moe.router.num_experts;
         let mut parts = Vec::new();
         match info.role {
@@ -224,6 +247,10 @@ impl Writer<'_> {
         let Some(first) = parts.first() else {
             return Err(ModelError::request(format!("nothing to write for tensor {}", info.name)));
         };
+        if let (None, Some(quantised)) = (self.dtype, parts.iter().find(|w| w.quant_layout().is_some())) {
+            let message = format!("{} is quantised: give the format to widen it to", quantised.name());
+            return Err(ModelError::request(message));
+        }
         let dtype = self.dtype.unwrap_or(first.dtype());
         // A permuted expert stays in the file where its new name was.
         let checkpoint = self.files.checkpoint();

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use occult_kernels::Matrix;
+use occult_kernels::quant::{Layout, Quantised, reference};
 
 use crate::error::{ModelError, Result};
 
@@ -76,10 +77,19 @@ impl Bytes {
     }
 }
 
+/// What a quantised matrix has beside its levels.
+#[derive(Debug, Clone)]
+struct Scales {
+    layout: Layout,
+    bytes: Arc<Bytes>,
+}
+
 /// A stored tensor of any rank. Cloning shares the bytes.
 #[derive(Debug, Clone)]
 pub struct Weight {
+    /// The values; of a quantised matrix the levels.
     bytes: Arc<Bytes>,
+    scales: Option<Scales>,
     /// First byte within `bytes`, for a slice of a stacked tensor.
     start: usize,
     dtype: StoredDtype,
@@ -97,10 +107,13 @@ pub enum Values<'a> {
     Bf16(&'a [bf16]),
     /// f16
     F16(&'a [f16]),
+    /// 8 or 4 bits in groups
+    Quantised(Quantised<'a>),
 }
 
 impl Values<'_> {
-    /// Writes the values `[from, from + out.len())` as f32; all three conversions are exact.
+    /// Writes the values `[from, from + out.len())` as f32; all conversions are exact (of quantised weights: level times
+    /// scale, rounded once).
     pub fn widen(&self, from: usize, out: &mut [f32]) {
         let to = from + out.len();
         match self {
@@ -114,10 +127,16 @@ impl Values<'_> {
                 use half::slice::HalfFloatSliceExt;
                 v[from..to].convert_to_f32_slice(out);
             }
+            Values::Quantised(q) => {
+                let cols = q.layout().cols();
+                for (i, o) in (from..to).zip(out) {
+                    *o = reference::weight(q, i / cols, i % cols);
+                }
+            }
         }
     }
 
-    /// Position of the first NaN or infinity.
+    /// Position of the first NaN or infinity; of quantised weights, of the first such scale.
     pub fn first_not_finite(&self) -> Option<usize> {
         // The exponent bits all set: one pass without branches, the position only when there is one.
         match self {
@@ -139,6 +158,7 @@ impl Values<'_> {
                     .any(|c| c.iter().fold(false, |a, x| a | bad(x)))
                     .then(|| v.iter().position(bad))?
             }
+            Values::Quantised(q) => q.scales().iter().position(|s| !s.is_finite()),
         }
     }
 }
@@ -161,7 +181,20 @@ impl Weight {
         } else {
             Bytes::owned(&map[from..to])
         };
-        Self { bytes: Arc::new(bytes), start: 0, dtype, shape, name: name.into(), file }
+        Self { bytes: Arc::new(bytes), scales: None, start: 0, dtype, shape, name: name.into(), file }
+    }
+
+    /// A quantised matrix: `self` holds its scales, bf16, and `data` lies in the same file. The lengths must be the layout's.
+    pub(crate) fn quantised(self, map: &Arc<Mmap>, data: (usize, usize), layout: Layout, name: &str) -> Self {
+        let scales = Some(Scales { layout, bytes: self.bytes });
+        let bytes = Arc::new(Bytes::Mapped { map: map.clone(), from: data.0, to: data.1 });
+        let shape = vec![layout.rows(), layout.cols()];
+        Self { bytes, scales, start: 0, dtype: StoredDtype::F32, shape, name: name.into(), file: self.file }
+    }
+
+    /// Format and shape of a quantised matrix.
+    pub fn quant_layout(&self) -> Option<&Layout> {
+        self.scales.as_ref().map(|s| &s.layout)
     }
 
     /// From f32 values, rounded to `dtype` (to nearest, ties to even). The length must be the shape's.
@@ -181,13 +214,13 @@ impl Weight {
             }
         };
         let file = Arc::new(PathBuf::new());
-        Ok(Self { bytes: Arc::new(bytes), start: 0, dtype, shape, name: name.into(), file })
+        Ok(Self { bytes: Arc::new(bytes), scales: None, start: 0, dtype, shape, name: name.into(), file })
     }
 
     /// The same values in another format; shares the bytes when it is the same. A number beyond the range of that format
     /// is an error that names file and tensor.
     pub fn cast(&self, dtype: StoredDtype) -> Result<Self> {
-        if dtype == self.dtype {
+        if dtype == self.dtype && self.scales.is_none() {
             return Ok(self.clone());
         }
         let values = self.to_f32();
@@ -209,7 +242,7 @@ impl Weight {
     /// `index`. This is how one expert's gate or up rows are taken from a stacked tensor.
     pub(crate) fn slab_rows(&self, index: usize, from: usize, to: usize) -> Option<Self> {
         let [slabs, rows, cols] = self.shape[..] else { return None };
-        if index >= slabs || from > to || to > rows {
+        if self.scales.is_some() || index >= slabs || from > to || to > rows {
             return None;
         }
         let start = self.start + (index * rows + from) * cols * self.dtype.bytes();
@@ -219,7 +252,7 @@ impl Weight {
     /// Rows `from..to` of a matrix.
     pub(crate) fn rows(&self, from: usize, to: usize) -> Option<Self> {
         let [rows, cols] = self.shape[..] else { return None };
-        if from > to || to > rows {
+        if self.scales.is_some() || from > to || to > rows {
             return None;
         }
         let start = self.start + from * cols * self.dtype.bytes();
@@ -236,7 +269,7 @@ impl Weight {
         &self.shape
     }
 
-    /// Format of the values.
+    /// Format of the values; of a quantised matrix what they are widened to.
     pub fn dtype(&self) -> StoredDtype {
         self.dtype
     }
@@ -251,18 +284,29 @@ impl Weight {
         self.len() == 0
     }
 
-    /// The bytes, little-endian.
+    /// The bytes, little-endian; of a quantised matrix its levels.
     pub fn bytes(&self) -> &[u8] {
+        if self.scales.is_some() {
+            return self.bytes.get();
+        }
         &self.bytes.get()[self.start..self.start + self.len() * self.dtype.bytes()]
     }
 
     /// The values.
     pub fn values(&self) -> Values<'_> {
+        if let Some(quantised) = self.quantised_view() {
+            return Values::Quantised(quantised);
+        }
         match self.dtype {
             StoredDtype::F32 => Values::F32(bytemuck::cast_slice(self.bytes())),
             StoredDtype::Bf16 => Values::Bf16(bytemuck::cast_slice(self.bytes())),
             StoredDtype::F16 => Values::F16(bytemuck::cast_slice(self.bytes())),
         }
+    }
+
+    fn quantised_view(&self) -> Option<Quantised<'_>> {
+        let scales = self.scales.as_ref()?;
+        Quantised::new(scales.layout, self.bytes.get(), bytemuck::cast_slice(scales.bytes.get())).ok()
     }
 
     /// The values as the kernels read them.
@@ -271,6 +315,7 @@ impl Weight {
             Values::F32(v) => Matrix::F32(v),
             Values::Bf16(v) => Matrix::Bf16(v),
             Values::F16(v) => Matrix::F16(v),
+            Values::Quantised(q) => Matrix::Quantised(q),
         }
     }
 
@@ -288,6 +333,7 @@ impl Weight {
             Values::F32(v) => Tensor::from_slice(v, shape, &Device::Cpu),
             Values::Bf16(v) => Tensor::from_slice(v, shape, &Device::Cpu),
             Values::F16(v) => Tensor::from_slice(v, shape, &Device::Cpu),
+            Values::Quantised(_) => Tensor::from_vec(self.to_f32(), shape, &Device::Cpu),
         };
         made.map_err(|source| ModelError::Tensor { what: self.name.to_string(), source })
     }
@@ -302,9 +348,13 @@ impl Weight {
         match self.values().first_not_finite() {
             None => Ok(()),
             Some(at) => {
+                let place = format!("tensor {}", self.name);
+                if let Values::Quantised(q) = self.values() {
+                    let message = format!("scale {at} is {}", q.scales()[at]);
+                    return Err(ModelError::bad(&*self.file, place, message));
+                }
                 let mut value = [0.0];
                 self.values().widen(at, &mut value);
-                let place = format!("tensor {}", self.name);
                 Err(ModelError::bad(&*self.file, place, format!("value {at} is {}", value[0])))
             }
         }

@@ -47,9 +47,8 @@ fn step(
     }
     let value = loss.to_scalar::<f32>().expect("scalar");
     parameters.accumulate(&loss.backward().expect("backward")).expect("accumulate");
-    let take = |p: &occult_model::Parameter| {
-        p.take_gradient().expect("gradient").map(|g| (p.name().to_owned(), g))
-    };
+    let take =
+        |p: &occult_model::Parameter| p.take_gradient().expect("gradient").map(|g| (p.name().to_owned(), g));
     (value, parameters.iter().filter_map(take).collect())
 }
 
@@ -81,8 +80,10 @@ fn losses_and_gradients_are_those_of_transformers() {
         let stored = candle_core::safetensors::load(dir(case).join("gradients.safetensors"), &Device::Cpu)
             .expect("reference");
         let scalar = |name: &str| Some(stored.get(name)?.to_vec1::<f32>().expect(name)[0]);
-        let want: Gradients =
-            stored.iter().filter_map(|(k, v)| Some((k.strip_prefix("grad.")?.to_owned(), v.clone()))).collect();
+        let want: Gradients = stored
+            .iter()
+            .filter_map(|(k, v)| Some((k.strip_prefix("grad.")?.to_owned(), v.clone())))
+            .collect();
         let sequences = Reference::of(case).sequences();
         let (tokens, targets) = targets(&sequences);
         let batch =
@@ -117,7 +118,7 @@ fn packed_texts_are_the_texts_by_themselves() {
         let options = TrainOptions::default();
         let texts = [&sequences[0][..9], &sequences[1][..11], &sequences[0][9..13]].map(<[u32]>::to_vec);
         let packed = texts.concat();
-        let next: Vec<u32> = texts.iter().flat_map(|t| targets(&[t.clone()]).1).collect();
+        let next: Vec<u32> = texts.iter().flat_map(|t| targets(std::slice::from_ref(t)).1).collect();
         let segments: Vec<u32> =
             texts.iter().enumerate().flat_map(|(i, t)| vec![i as u32 * 3; t.len()]).collect();
         let batch =
@@ -127,7 +128,7 @@ fn packed_texts_are_the_texts_by_themselves() {
         let mut sum = 0.0;
         let count = next.iter().filter(|&&t| t != IGNORE).count() as f32;
         for text in &texts {
-            let (tokens, targets) = targets(&[text.clone()]);
+            let (tokens, targets) = targets(std::slice::from_ref(text));
             let batch = TrainBatch { num_sequences: 1, tokens: &tokens, targets: &targets, segments: None };
             let out = model.forward_train(batch, options).expect("forward");
             sum += out.loss.to_scalar::<f32>().expect("scalar") / count;
@@ -158,8 +159,11 @@ fn frozen_parameters_get_no_gradients_and_the_others_the_same() {
         let model = parameters.decoder().expect(case);
         let options = TrainOptions { recompute, ..TrainOptions::default() };
         let (_, got) = step(&parameters, &model, batch, options, &|_| None);
-        let want: Gradients =
-            want.iter().filter(|(n, _)| n.contains(".experts.")).map(|(n, g)| (n.clone(), g.clone())).collect();
+        let want: Gradients = want
+            .iter()
+            .filter(|(n, _)| n.contains(".experts."))
+            .map(|(n, g)| (n.clone(), g.clone()))
+            .collect();
         assert!(!want.is_empty());
         close(&got, &want, 1e-4);
     }
@@ -171,9 +175,7 @@ fn parameters_written_back_are_the_checkpoint() {
         let parameters = all(case);
         for layout in [ExpertLayout::PerExpert, ExpertLayout::Fused] {
             let to = tempfile::tempdir().expect("directory");
-            for name in ["config.json"] {
-                std::fs::copy(dir(case).join(name), to.path().join(name)).expect("copy");
-            }
+            std::fs::copy(dir(case).join("config.json"), to.path().join("config.json")).expect("copy");
             parameters.write(to.path(), layout, StoredDtype::F32).expect("write");
             let batch = Batch::new(&Reference::of(case).sequences()).expect("batch");
             let run = |model: Decoder| {

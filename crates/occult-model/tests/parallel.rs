@@ -79,8 +79,10 @@ fn gradients_added_over_ranks_are_those_of_one_process() {
             let out = model.forward_train(batch, TrainOptions::default()).expect("forward");
             whole.accumulate(&out.loss.backward().expect("backward")).expect("accumulate");
         }
-        let wants: Vec<Tensor> =
-            whole.iter().map(|p| p.take_gradient().expect("gradient").expect("one of every parameter")).collect();
+        let wants: Vec<Tensor> = whole
+            .iter()
+            .map(|p| p.take_gradient().expect("gradient").expect("one of every parameter"))
+            .collect();
         for recompute in [false, true] {
             let ranks = run_threads(sequences.len(), &ThreadOptions::default(), |comm| {
                 let comm: Arc<dyn Communicator> = Arc::from(comm);

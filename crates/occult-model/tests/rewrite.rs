@@ -121,7 +121,9 @@ fn loading_in_another_format_is_converting_and_loading() {
     convert(&dir("olmoe"), &out, &ConvertOptions { dtype, ..ConvertOptions::default() }, &mut silent())
         .expect("convert");
     let batch = Batch::new(&Reference::of("olmoe").sequences()).expect("batch");
-    let model = ModelFiles::open(&dir("olmoe"), LoadOptions { dtype, threads: None }).and_then(|f| f.load()).expect("load");
+    let model = ModelFiles::open(&dir("olmoe"), LoadOptions { dtype, threads: None })
+        .and_then(|f| f.load())
+        .expect("load");
     let got = values(&model.forward(&batch, None, Logits::All, None).expect("logits"));
     assert_eq!(got, logits(&out, "olmoe"));
     assert!(difference(&got, &logits(&dir("olmoe"), "olmoe")) > 1e-4, "rounding to bf16 shows");

@@ -4,7 +4,7 @@
 use crate::error::{Result, TrainError};
 
 /// After a step: experts that got fewer tokens than the mean rise by `rate`, those that got more fall by it. `tokens_per_expert`
-/// [E] counts all ranks together, `bias` [E]. Errors when lengths differ.
+/// \[E\] counts all ranks together, `bias` \[E\]. Errors when lengths differ.
 pub fn update_bias(bias: &mut [f32], tokens_per_expert: &[u64], rate: f32) -> Result<()> {
     if bias.len() != tokens_per_expert.len() {
         let (b, c) = (bias.len(), tokens_per_expert.len());

@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use anyhow::{Result, bail};
+use occult_kernels::peak;
 use occult_model::hf::{ExpertLayout, Names, Role};
 use occult_model::spec::AttentionSpec;
 use occult_model::{Batch, Decoder, Logits, ModelSpec, RoutingRecord, Threads, prefill};
-use occult_kernels::peak;
 use serde_json::{Value, json};
 
 use crate::model_args::{BenchArgs, BenchModelArgs, BenchWhat, Phase};
@@ -185,7 +185,10 @@ fn bench_prefill(
 fn bench_decode(decoder: &Decoder, counts: &Counts, batch: usize, args: &BenchModelArgs) -> Result<Measured> {
     let (prompt, new) = (args.prompt, args.new_tokens);
     if prompt + new > decoder.spec().context_len {
-        bail!("--prompt and --new-tokens are more than the model's context of {}", decoder.spec().context_len);
+        bail!(
+            "--prompt and --new-tokens are more than the model's context of {}",
+            decoder.spec().context_len
+        );
     }
     let prompts = sequences(batch, prompt, decoder.spec().vocab_size);
     let (mut seconds, mut distinct) = (Vec::new(), 0);

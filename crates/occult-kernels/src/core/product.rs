@@ -207,6 +207,7 @@ impl Product<'_> {
                 Matrix::F32(values) => self.pack_typed(&isa.f32, values, col, cols, k0, k, to),
                 Matrix::Bf16(values) => self.pack_typed(&isa.bf16, values, col, cols, k0, k, to),
                 Matrix::F16(values) => self.pack_typed(&isa.f16, values, col, cols, k0, k, to),
+                Matrix::Quantised(_) => unreachable!("refused by the checks"),
             }
         }
     }
@@ -251,6 +252,7 @@ impl Product<'_> {
                 Matrix::F32(values) => self.dots_typed(&isa.f32, values, rows, cols),
                 Matrix::Bf16(values) => self.dots_typed(&isa.bf16, values, rows, cols),
                 Matrix::F16(values) => self.dots_typed(&isa.f16, values, rows, cols),
+                Matrix::Quantised(_) => unreachable!("refused by the checks"),
             }
         }
     }

@@ -4,9 +4,9 @@ pub mod reference;
 
 use crate::core::divide::run;
 use crate::core::product::{FEW_ROWS, Left, Product, Right, Target};
-use crate::error::expect_len;
+use crate::error::{expect_floats, expect_len};
 use crate::threads::{SendPtr, input};
-use crate::{Matrix, Result, Threads};
+use crate::{Matrix, Result, Threads, quant};
 
 /// Sizes of one dense product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub struct LinearDims {
 /// `out[m, n] = sum over k of x[m, k] w[n, k]`.
 ///
 /// - `x` `[M, K]`
-/// - `w` `[N, K]`
+/// - `w` `[N, K]`; with quantised weights `x` is quantised as well ([`crate::quant::linear`])
 /// - `out` `[M, N]`, overwritten
 ///
 /// # Errors
@@ -30,6 +30,10 @@ pub struct LinearDims {
 pub fn linear(threads: &Threads, dims: LinearDims, x: &[f32], w: Matrix<'_>, out: &mut [f32]) -> Result<()> {
     check(dims, x.len(), w.len(), out.len())?;
     let LinearDims { rows: m, out: n, inner: k } = dims;
+    if let Matrix::Quantised(w) = w {
+        w.expect_shape("w", n, k)?;
+        return Ok(quant::linear(threads, x, w, out)?);
+    }
     let product = Product {
         m,
         n,
@@ -60,6 +64,7 @@ pub fn linear_bwd_x(
     dx: &mut [f32],
 ) -> Result<()> {
     check(dims, dx.len(), w.len(), dout.len())?;
+    expect_floats("the gradient of a dense layer", &[w])?;
     let LinearDims { rows: m, out: n, inner: k } = dims;
     let product = Product {
         m,

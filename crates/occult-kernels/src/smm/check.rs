@@ -1,7 +1,7 @@
 //! Every shape is checked once, here, before a kernel runs.
 
 use super::{ExpertDims, ExpertMatrices, GateUp, MergeGrads, MergeInputs, ScatterGrads};
-use crate::error::expect_len;
+use crate::error::{expect_floats, expect_len};
 use crate::{Result, SparseRows};
 
 pub(super) fn scatter(
@@ -18,6 +18,7 @@ pub(super) fn scatter(
     for expert in w_up {
         expect_len("gate [F, D]", expert.gate.len(), &[intermediate, hidden])?;
         expect_len("up [F, D]", expert.up.len(), &[intermediate, hidden])?;
+        expect_floats("a scattering sparse matmul", &[expert.gate, expert.up])?;
     }
     Ok(())
 }
@@ -30,6 +31,7 @@ pub(super) fn merge(rows: &SparseRows, dims: ExpertDims, inputs: &MergeInputs<'_
     for down in inputs.w_down {
         expect_len("down [D, F]", down.len(), &[hidden, intermediate])?;
     }
+    expect_floats("a merging sparse matmul", inputs.w_down)?;
     expect_len("y [R, D]", y, &[rows.num_rows(), hidden])
 }
 

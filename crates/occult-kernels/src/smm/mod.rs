@@ -9,7 +9,9 @@ mod forward;
 mod pieces;
 pub mod reference;
 
-use crate::{Matrix, Result, SparseRows, Threads};
+use crate::error::expect_floats;
+use crate::quant::{self, QuantisedExpert};
+use crate::{KernelError, Matrix, Result, SparseRows, Threads};
 
 /// Sizes of the experts of one layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,6 +186,35 @@ pub fn expert_ffn(
     y: &mut [f32],
 ) -> Result<()> {
     check::expert_ffn(rows, dims, x.len(), experts, row_weights.len(), y.len())?;
+    if let Some(experts) = quantised(dims, experts)? {
+        return Ok(quant::expert_ffn(threads, rows, x, &experts, row_weights, y)?);
+    }
     forward::expert_ffn(threads, rows, dims, x, experts, row_weights, y);
     Ok(())
+}
+
+/// The experts where all their matrices are quantised, `None` where none is.
+fn quantised<'a>(
+    dims: ExpertDims,
+    experts: &[ExpertMatrices<'a>],
+) -> Result<Option<Vec<QuantisedExpert<'a>>>> {
+    let ExpertDims { hidden: d, intermediate: f } = dims;
+    let mut list = Vec::new();
+    for expert in experts {
+        if let (Matrix::Quantised(gate), Matrix::Quantised(up), Matrix::Quantised(down)) =
+            (expert.gate, expert.up, expert.down)
+        {
+            gate.expect_shape("gate", f, d)?;
+            up.expect_shape("up", f, d)?;
+            down.expect_shape("down", d, f)?;
+            list.push(QuantisedExpert { gate, up, down });
+        } else {
+            expect_floats("an expert with other matrices in floats", &[expert.gate, expert.up, expert.down])?;
+        }
+    }
+    if !list.is_empty() && list.len() < experts.len() {
+        let reason = format!("{} of {} experts are quantised", list.len(), experts.len());
+        return Err(KernelError::Quantised { reason });
+    }
+    Ok((!list.is_empty()).then_some(list))
 }

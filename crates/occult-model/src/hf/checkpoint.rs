@@ -5,8 +5,11 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
+use occult_kernels::quant::{Format, Layout};
+use safetensors::Dtype;
 use serde::Deserialize;
 
+use super::quant_names;
 use super::shard::{Shard, Span};
 use crate::error::{ModelError, Result};
 use crate::weight::{StoredDtype, Weight};
@@ -139,6 +142,9 @@ impl Checkpoint {
     /// A tensor of any shape, without a copy.
     pub fn weight(&self, name: &str) -> Result<Weight> {
         let Some((shard, span)) = self.span(name) else {
+            if let Some(format) = quant_names::format_of(name, |n| self.contains(n)) {
+                return self.quantised(name, format);
+            }
             return Err(ModelError::bad(&self.listing, format!("tensor {name}"), "is missing"));
         };
         let Some(dtype) = StoredDtype::from_safetensors(span.dtype) else {
@@ -153,6 +159,48 @@ impl Checkpoint {
             name,
             shard.path.clone(),
         ))
+    }
+
+    /// A quantised matrix, from its three tensors ([`quant_names`]).
+    fn quantised(&self, name: &str, format: Format) -> Result<Weight> {
+        let part = |suffix: &str, dtype: Dtype| {
+            let name = format!("{name}{suffix}");
+            match self.span(&name) {
+                Some((shard, span)) if span.dtype == dtype => Ok((shard, span)),
+                Some((shard, span)) => {
+                    let message = format!("has dtype {:?}, expected {dtype:?}", span.dtype);
+                    Err(ModelError::bad(&*shard.path, format!("tensor {name}"), message))
+                }
+                None => Err(ModelError::bad(&self.listing, format!("tensor {name}"), "is missing")),
+            }
+        };
+        let (shard, data) = part(quant_names::data(format), Dtype::U8)?;
+        let (scales_shard, scales) = part(quant_names::SCALES, Dtype::BF16)?;
+        let (shape_shard, shape) = part(quant_names::SHAPE, Dtype::I64)?;
+        let bad = |message: String| ModelError::bad(&*shard.path, format!("tensor {name}"), message);
+        let bytes = &shape_shard.map[shape.from..shape.to];
+        let sizes: Vec<usize> = bytes
+            .chunks_exact(8)
+            .filter_map(|b| usize::try_from(i64::from_le_bytes(b.try_into().ok()?)).ok())
+            .collect();
+        let (&[rows, cols, group], [3]) = (&sizes[..], &shape.shape[..]) else {
+            return Err(bad(format!("its shape is {sizes:?}, expected rows, columns and group")));
+        };
+        let layout = Layout::new(format, group, rows, cols).map_err(|e| bad(e.to_string()))?;
+        if data.shape != layout.data_shape() || scales.shape != layout.scales_shape() {
+            return Err(bad(format!(
+                "has levels {:?} and scales {:?}; [{rows}, {cols}] in groups of {group} has {:?} and {:?}",
+                data.shape,
+                scales.shape,
+                layout.data_shape(),
+                layout.scales_shape()
+            )));
+        }
+        let range = (scales.from, scales.to);
+        let path = shard.path.clone();
+        let scales =
+            Weight::mapped(&scales_shard.map, range, StoredDtype::Bf16, scales.shape.clone(), name, path);
+        Ok(scales.quantised(&shard.map, (data.from, data.to), layout, name))
     }
 
     /// A tensor that must have this shape.

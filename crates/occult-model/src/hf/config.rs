@@ -22,6 +22,9 @@ pub fn read_spec(dir: &Path) -> Result<ModelSpec> {
 }
 
 /// Values that several families share.
+/// `quantization_config.quant_method` of directories with our quantised weights.
+pub(crate) const QUANT_METHOD: &str = "occult";
+
 struct Common {
     hidden: usize,
     heads: usize,
@@ -35,11 +38,12 @@ fn spec_from(keys: &Keys) -> Result<ModelSpec> {
         let known = Family::ALL.map(Family::model_type).join(", ");
         return Err(keys.unsupported("model_type", found, &known));
     };
-    if keys.get("quantization_config").is_some() {
+    let ours = |v: &serde_json::Value| v.get("quant_method").is_some_and(|m| m == QUANT_METHOD);
+    if keys.get("quantization_config").is_some_and(|v| !ours(v)) {
         return Err(keys.unsupported(
             "quantization_config",
             "an object",
-            "none: weights in F32, BF16 or F16",
+            "none: weights in F32, BF16 or F16, or as `occult convert --quantize` writes them",
         ));
     }
     keys.only("hidden_act", &["silu"])?;

@@ -5,6 +5,7 @@ mod config;
 mod generation;
 mod keys;
 mod names;
+pub(crate) mod quant_names;
 mod rope;
 mod shard;
 mod training;
@@ -12,8 +13,8 @@ pub(crate) mod write;
 
 pub use checkpoint::Checkpoint;
 pub(crate) use checkpoint::{INDEX, SINGLE, read_json};
-pub(crate) use config::CONFIG;
 pub use config::read_spec;
+pub(crate) use config::{CONFIG, QUANT_METHOD};
 pub use generation::GenerationDefaults;
 pub use names::{ExpertLayout, Matrix, Names, ParameterCounts, Role, TensorInfo};
 pub use training::{BalanceLoss, TrainingDefaults};

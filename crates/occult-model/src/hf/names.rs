@@ -2,6 +2,7 @@
 //! permuting all walk it.
 
 use super::checkpoint::Checkpoint;
+use super::quant_names;
 use crate::error::{ModelError, Result};
 use crate::spec::{AttentionSpec, Family, ModelSpec, QkNorm};
 
@@ -229,7 +230,11 @@ impl Names {
         // Old checkpoints carry the rotary frequencies; with tied embeddings some carry the output layer as well.
         let ignored =
             |n: &str| n.ends_with(".rotary_emb.inv_freq") || (spec.tied_embeddings && n == "lm_head.weight");
-        let extra: Vec<&str> = checkpoint.names().filter(|n| !expected.contains(*n) && !ignored(n)).collect();
+        let part = |n: &str| {
+            quant_names::base(n).is_some_and(|base| !checkpoint.contains(base) && expected.contains(base))
+        };
+        let extra: Vec<&str> =
+            checkpoint.names().filter(|n| !expected.contains(*n) && !ignored(n) && !part(n)).collect();
         if let Some(first) = extra.first() {
             let message = format!(
                 "is not part of the model that the configuration describes ({}, {} layers, {} experts); {} such tensors",

@@ -11,6 +11,7 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 use crate::error::{ModelError, Result};
+use crate::quantise::Quantising;
 use crate::weight::{StoredDtype, Weight};
 
 /// Bytes between two words about progress.
@@ -23,6 +24,12 @@ pub(crate) enum Part {
     Values(Weight),
     /// Bytes of a source file, of whatever format.
     Raw(Arc<Mmap>, usize, usize),
+    /// Bytes that are here.
+    Bytes(Vec<u8>),
+    /// Levels of a matrix, which is quantised when they are written.
+    Levels(Arc<Quantising>),
+    /// Its scales; to be written after the levels.
+    Scales(Arc<Quantising>),
 }
 
 /// A tensor to write: its parts follow each other.
@@ -48,10 +55,19 @@ impl Entry {
         let failed = |e| ModelError::io("write", path, e);
         let mut written = 0;
         for part in &self.parts {
-            let cast;
+            let (cast, levels, scales);
             let bytes = match (part, self.stored) {
                 (Part::Raw(map, from, to), _) => &map[*from..*to],
-                (Part::Values(w), Some(dtype)) if dtype != w.dtype() => {
+                (Part::Bytes(bytes), _) => bytes,
+                (Part::Levels(quantising), _) => {
+                    levels = quantising.levels()?;
+                    &levels
+                }
+                (Part::Scales(quantising), _) => {
+                    scales = quantising.scales();
+                    bytemuck::cast_slice(&scales)
+                }
+                (Part::Values(w), Some(dtype)) if dtype != w.dtype() || w.quant_layout().is_some() => {
                     cast = w.cast(dtype)?;
                     cast.bytes()
                 }

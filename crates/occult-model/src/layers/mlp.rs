@@ -61,11 +61,8 @@ impl CustomOp1 for OneExpert {
         let x = f32s(x, layout)?;
         let t = x.len() / hidden;
         let mut y = vec![0.0; x.len()];
-        let expert = ExpertMatrices {
-            gate: self.gate.matrix(),
-            up: self.up.matrix(),
-            down: self.down.matrix(),
-        };
+        let expert =
+            ExpertMatrices { gate: self.gate.matrix(), up: self.up.matrix(), down: self.down.matrix() };
         SparseRows::new(t, vec![0, t as u32], (0..t as u32).collect())
             .and_then(|rows| {
                 let dims = ExpertDims { hidden, intermediate };

@@ -74,12 +74,12 @@ impl MoeLayer for ParallelExperts {
                 let (rows, values) = (x.contiguous()?, logits.contiguous()?);
                 let (y, decision) = with_f32(&rows, |x| {
                     with_f32(&values, |logits| {
-                        let meanwhile = compute.as_mut().map(|c| c as &mut dyn FnMut() -> Result<(), MoeError>);
+                        let meanwhile =
+                            compute.as_mut().map(|c| c as &mut dyn FnMut() -> Result<(), MoeError>);
                         self.layer.forward_inference(x, logits, self.dims, &matrices, None, meanwhile)
                     })
                 })??
                 .map_err(failed)?;
-                drop(compute);
                 let y = Tensor::from_vec(y, x.dims(), &Device::Cpu)?;
                 let y = match extra {
                     Some(extra) => (y + extra)?,
@@ -92,8 +92,7 @@ impl MoeLayer for ParallelExperts {
                 let mut compute = shared.map(|shared| || shared().map_err(moe_error));
                 let shared = compute.as_mut().map(|c| c as &mut dyn FnMut() -> Result<Tensor, MoeError>);
                 let experts = ExpertTensors { w_up, w_down, sinks };
-                let (y, decision) =
-                    self.layer.forward(x, &logits, experts, None, shared).map_err(failed)?;
+                let (y, decision) = self.layer.forward(x, &logits, experts, None, shared).map_err(failed)?;
                 Ok(MoeOutput { y, logits, routing: decision.routing })
             }
         }

@@ -35,9 +35,8 @@ impl Normal {
     fn new(seed: u64, name: &str, stream: u64) -> Self {
         // FNV-1a over what names the stream.
         let bytes = name.bytes().chain(seed.to_le_bytes()).chain(stream.to_le_bytes());
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325, |h: u64, b| {
-            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let hash =
+            bytes.fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         Self(Pcg64Mcg::seed_from_u64(hash))
     }
 

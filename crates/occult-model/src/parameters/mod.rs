@@ -126,6 +126,9 @@ struct Shared {
     index: BTreeMap<String, usize>,
 }
 
+/// Makes the MoE layer of a number from the parameters.
+pub type MakeTrainableMoe<'a> = dyn FnMut(&ModelParameters, usize) -> Result<Box<dyn MoeLayer>> + 'a;
+
 impl ModelParameters {
     /// Reads a checkpoint, widened to f32. `trained` chooses by name and kind.
     ///
@@ -137,7 +140,8 @@ impl ModelParameters {
         trained: &dyn Fn(&str, ParameterKind) -> bool,
     ) -> Result<Self> {
         Self::make(files.spec(), files.threads(), experts, trained, &mut |info, held| {
-            let tensor = |values: Vec<f32>, shape: &[usize]| Ok(Tensor::from_vec(values, shape, &Device::Cpu)?);
+            let tensor =
+                |values: Vec<f32>, shape: &[usize]| Ok(Tensor::from_vec(values, shape, &Device::Cpu)?);
             let (gate_up, layer) = match info.role {
                 Role::FusedGateUp { layer } => (true, layer),
                 Role::FusedDown { layer } => (false, layer),
@@ -275,10 +279,7 @@ impl ModelParameters {
     }
 
     /// The model with MoE layers made by `moe` from each MoE layer's number.
-    pub fn decoder_with(
-        &self,
-        moe: &mut dyn FnMut(&Self, usize) -> Result<Box<dyn MoeLayer>>,
-    ) -> Result<Decoder> {
+    pub fn decoder_with(&self, moe: &mut MakeTrainableMoe<'_>) -> Result<Decoder> {
         let decoder = build(self, &mut |layer| moe(self, layer))?;
         Ok(Decoder { parameters: Some(self.clone()), ..decoder })
     }

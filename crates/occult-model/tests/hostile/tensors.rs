@@ -67,7 +67,11 @@ fn values_beyond_the_format_asked_for() {
     edit_tensors(&d.path().join("model.safetensors"), |t| {
         t.get_mut(EXPERT).expect("tensor").2[8..12].copy_from_slice(&70_000f32.to_le_bytes());
     });
-    let files = |dtype| ModelFiles::open(d.path(), LoadOptions { dtype, threads: None }).and_then(|f| f.load()).map(drop);
+    let files = |dtype| {
+        ModelFiles::open(d.path(), LoadOptions { dtype, ..Default::default() })
+            .and_then(|f| f.load())
+            .map(drop)
+    };
     assert!(files(Some(StoredDtype::Bf16)).is_ok());
     let message = files(Some(StoredDtype::F16)).expect_err("too large").to_string();
     for word in ["model.safetensors", EXPERT, "value 2 is 70000", "F16"] {

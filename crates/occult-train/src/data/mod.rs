@@ -1,7 +1,7 @@
 //! From files to batches.
 //!
 //! 1. [`source`]: files are read record by record (text, instructions, chats); nothing is loaded whole.
-//! 2. [`encode`]: a record becomes token ids, each marked as *learned* or not (prompts are not).
+//! 2. [`mod@encode`]: a record becomes token ids, each marked as *learned* or not (prompts are not).
 //! 3. [`store`]: the ids of all documents in one file of 4 bytes per token, read by position.
 //! 4. [`pack`]: documents become sequences of L inputs; a document never sees another one's tokens.
 //! 5. [`loader`]: which sequences belong to which step and rank: a function of (seed, epoch, position).

@@ -56,7 +56,8 @@ impl AttentionShape {
             return (padding.min(s), s);
         }
         let position = self.past + t;
-        let start = self.starts.as_ref().and_then(|from| from.get(b * s + position)).map_or(0, |&from| from as usize);
+        let start =
+            self.starts.as_ref().and_then(|from| from.get(b * s + position)).map_or(0, |&from| from as usize);
         let first = padding.max(start).max(self.window.map_or(0, |w| (position + 1).saturating_sub(w)));
         (first.min(position), position + 1)
     }

@@ -19,7 +19,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, shape: &AttentionShape) -> 
         for position in shape.past..shape.past + t {
             mask.extend((0..s).map(|key| {
                 let in_window = shape.window.is_none_or(|w| position < key + w);
-                let begun = shape.starts.as_ref().is_none_or(|from| key >= from[sequence * s + position] as usize);
+                let begun =
+                    shape.starts.as_ref().is_none_or(|from| key >= from[sequence * s + position] as usize);
                 let seen = key >= padding && begun && (!shape.causal || key <= position && in_window);
                 let own = shape.causal && key == position;
                 if seen || own { 0.0 } else { f32::NEG_INFINITY }

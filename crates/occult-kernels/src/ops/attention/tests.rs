@@ -56,7 +56,8 @@ fn few_rows_with_their_gradients() -> Result<()> {
 
 #[test]
 fn packed_texts_see_their_own() -> Result<()> {
-    let starts: Vec<u32> = [0, 0, 2, 2, 2, 5, 6, 6, 6, 6].into_iter().chain([0; 7]).chain([7, 7, 7]).collect();
+    let starts: Vec<u32> =
+        [0, 0, 2, 2, 2, 5, 6, 6, 6, 6].into_iter().chain([0; 7]).chain([7, 7, 7]).collect();
     for window in [None, Some(2)] {
         let shape = AttentionShape { starts: Some(starts.clone().into()), window, ..shape(0, 8) };
         is_its_definition((2, 4, 2, 10, 0, 8, 8), &shape)?;
