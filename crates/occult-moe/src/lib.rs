@@ -1,7 +1,7 @@
 //! One expert-parallel MoE layer: route, prune, plan, exchange, compute, combine - forward and backward.
 //!
 //! [`layer`] has the algorithm in numbered prose; [`exchange`] moves rows and is the only caller of the communicator in a
-//! forward or backward pass; [`reference`] is the definition that everything is tested against.
+//! forward or backward pass; [`mod@reference`] is the definition that everything is tested against.
 //!
 //! # Letters
 //! `T` tokens of this rank, `D` hidden size, `E` experts, `e` experts on this rank, `K` top_k, `F` expert intermediate
