@@ -19,6 +19,7 @@ mod pruning;
 pub mod report;
 mod setup;
 mod tokens;
+mod world;
 
 use std::process::ExitCode;
 
