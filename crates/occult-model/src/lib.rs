@@ -52,6 +52,7 @@ mod parameters;
 mod passes;
 mod permute;
 mod quantise;
+mod ranks;
 mod rewrite;
 mod sample;
 pub mod spec;
@@ -76,6 +77,7 @@ pub use parameters::{Gradient, MakeTrainableMoe, ModelParameters, Parameter, Par
 pub use passes::{PASS_ROWS, Pass, PassObserver, for_each_pass, passes};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use quantise::{QuantisedClass, quantise};
+pub use ranks::{MAX_PLACEMENT_DIFFERENCE, Ranks, Replaced, Spread};
 pub use rewrite::{ConvertOptions, Progress, convert};
 pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};
