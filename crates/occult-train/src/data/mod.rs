@@ -16,7 +16,7 @@ pub mod store;
 
 pub use encode::{Encoded, Tokenize, encode};
 pub use loader::{Batch, Loader, share};
-pub use pack::{LongDocument, PackOptions, Packed, Part};
+pub use pack::{LongDocument, PADDING, PackOptions, Packed, Part};
 pub use source::{Format, Record, Turn, for_each_record};
 pub use store::{StoreWriter, TokenStore};
 
