@@ -82,9 +82,10 @@ impl Adapter {
         let [da, db] = &mut self.gradients;
         da.fill(0.0);
         let slices = dw.chunks_exact(out * inputs).zip(
-            self.factors[0].chunks_exact(r * inputs).zip(self.factors[1].chunks_exact(out * r)).zip(
-                da.chunks_exact_mut(r * inputs).zip(db.chunks_exact_mut(out * r)),
-            ),
+            self.factors[0]
+                .chunks_exact(r * inputs)
+                .zip(self.factors[1].chunks_exact(out * r))
+                .zip(da.chunks_exact_mut(r * inputs).zip(db.chunks_exact_mut(out * r))),
         );
         for (dw, ((a, b), (da, db))) in slices {
             let rows = dw.chunks_exact(inputs).zip(b.chunks_exact(r).zip(db.chunks_exact_mut(r)));

@@ -90,8 +90,7 @@ impl MoeLayer for TrainedExperts {
         let mut compute =
             shared.map(|shared| || shared().map_err(|e| MoeError::Tensor(candle_core::Error::wrap(e))));
         let shared = compute.as_mut().map(|c| c as &mut dyn FnMut() -> occult_moe::Result<Tensor>);
-        let y =
-            self.layer.forward_routed(x, &routing, &weights, experts, None, shared).map_err(failed)?;
+        let y = self.layer.forward_routed(x, &routing, &weights, experts, None, shared).map_err(failed)?;
         Ok(MoeOutput { y, logits, routing })
     }
 }

@@ -431,10 +431,8 @@ impl TrainableModel for MoeModel {
         } else {
             batch
         };
-        let is_token: Option<Vec<bool>> = batch
-            .segments
-            .contains(&PADDING)
-            .then(|| batch.segments.iter().map(|&s| s != PADDING).collect());
+        let is_token: Option<Vec<bool>> =
+            batch.segments.contains(&PADDING).then(|| batch.segments.iter().map(|&s| s != PADDING).collect());
         let out = self.forward(batch)?;
         let tensor = |e| TrainError::model("loss", e);
         let loss_sum = f64::from(out.loss.to_scalar::<f32>().map_err(tensor)?);

@@ -66,6 +66,24 @@ impl ExpertRanks {
         Self { keep_mass, ..self }
     }
 
+    /// Errors when some set of `max_ranks` ranks cannot give a token all its experts, or when a router that is limited to
+    /// groups of experts needs more ranks than that.
+    pub fn check_limit(&self, max_ranks: usize, router: &occult_model::spec::RouterSpec) -> Result<()> {
+        let k = router.top_k;
+        for (moe_layer, layer) in self.layers.iter().enumerate() {
+            let mut held: Vec<usize> =
+                (0..layer.num_ranks()).map(|r| layer.experts_of(r as Rank).len()).collect();
+            held.sort_unstable();
+            let fewest: usize = held.iter().take(max_ranks).sum();
+            if fewest < k {
+                return Err(TrainError::request(format!(
+                    "a limit of {max_ranks} ranks leaves as few as {fewest} experts in MoE layer {moe_layer}, a token needs {k}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// The ranks that compute.
     pub fn comm(&self) -> &Arc<dyn Communicator> {
         &self.comm
@@ -103,9 +121,8 @@ impl ExpertRanks {
     pub(super) fn computed(&self, moe_layer: usize) -> Result<LayerPlacement> {
         let (layer, world) = (self.layer(moe_layer)?, self.comm.world_size());
         let each = self.topology.num_ranks() / world;
-        let ranks: Vec<Rank> = (0..layer.num_experts())
-            .map(|e| layer.first_rank_of(e as ExpertId) / each as Rank)
-            .collect();
+        let ranks: Vec<Rank> =
+            (0..layer.num_experts()).map(|e| layer.first_rank_of(e as ExpertId) / each as Rank).collect();
         LayerPlacement::from_expert_ranks(world, &ranks).map_err(|e| TrainError::model("placing experts", e))
     }
 

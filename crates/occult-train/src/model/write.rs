@@ -49,8 +49,9 @@ impl MoeModel {
         for (rank, part) in parts.iter().enumerate() {
             let ids = placement.experts_of(rank as occult_plan::Rank);
             let values = part.try_as_slice::<f32>().filter(|v| v.len() == ids.len() * each);
-            let values = values
-                .ok_or_else(|| TrainError::request(format!("{name}: {} bytes of rank {rank}", part.len_bytes())))?;
+            let values = values.ok_or_else(|| {
+                TrainError::request(format!("{name}: {} bytes of rank {rank}", part.len_bytes()))
+            })?;
             for (&e, values) in ids.iter().zip(values.chunks_exact(each.max(1))) {
                 all[usize::from(e) * each..][..each].copy_from_slice(values);
             }
