@@ -21,6 +21,7 @@ mod setup;
 mod tokens;
 mod train_args;
 mod training;
+mod world;
 
 use std::process::ExitCode;
 

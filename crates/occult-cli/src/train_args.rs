@@ -7,6 +7,7 @@ use occult_train::schedule::Decay;
 
 use crate::args::PruneRule;
 use crate::model_args::Dtype;
+use crate::world::WorldArgs;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ScheduleKind {
@@ -163,7 +164,9 @@ pub(crate) struct TrainArgs {
     /// Number format of the output [default: bf16 for pretrain, that of the model for tune]
     #[arg(long, value_enum, value_name = "DTYPE")]
     pub(crate) dtype: Option<Dtype>,
-    /// Worker threads, all ranks together [default: the cores of this machine]
+    #[command(flatten)]
+    pub(crate) world: WorldArgs,
+    /// Worker threads, all ranks of this process together [default: the cores of this machine]
     #[arg(long, value_parser = at_least_one, value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Print the result as JSON

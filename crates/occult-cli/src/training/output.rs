@@ -4,8 +4,14 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use occult_model::StoredDtype;
+use clap::ValueEnum;
+use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile, PlacementMeta};
+use occult_model::{ModelSpec, StoredDtype};
+use occult_plan::Placement;
+use occult_train::model::ExpertRanks;
 use serde_json::Value;
+
+use crate::train_args::TrainArgs;
 
 /// Files beside the weights that are taken over as they are.
 const TAKEN: [&str; 7] = [
@@ -24,6 +30,30 @@ fn name(dtype: StoredDtype) -> &'static str {
         StoredDtype::F16 => "float16",
         _ => "float32",
     }
+}
+
+/// Records placement and limit where there are any; removes what an earlier run has recorded.
+pub(crate) fn limit(to: &Path, ranks: &ExpertRanks, spec: &ModelSpec, args: &TrainArgs) -> Result<()> {
+    const PLACEMENT: &str = "placement.json";
+    if args.placement.is_none() && args.max_ranks.is_none() {
+        let old = to.join(LIMIT_FILE);
+        return if old.is_file() { fs::remove_file(&old).context("removing an old limit") } else { Ok(()) };
+    }
+    let file = match &args.placement {
+        Some(path) => PlacementFile::read(path)?,
+        None => {
+            let meta = PlacementMeta {
+                layer_ids: spec.moe_layers().map(|l| l as u32).collect(),
+                num_hidden_layers: Some(spec.layers.len() as u32),
+                method: "contiguous".into(),
+                ..PlacementMeta::default()
+            };
+            PlacementFile::new(meta, Placement::new(ranks.topology(), ranks.layers().to_vec())?)?
+        }
+    };
+    file.write(&to.join(PLACEMENT))?;
+    let rule = args.rule.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
+    Ok(LimitFile::new(PLACEMENT, args.max_ranks, &rule, args.keep_mass).write(to)?)
 }
 
 /// Writes configuration and tokenizer of the model directory `from` into `to`.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
-use occult_comm::{Communicator, SoloComm};
+use occult_comm::Communicator;
 use occult_formats::PlacementFile;
 use occult_model::hf::{ExpertLayout, TrainingDefaults, read_spec};
 use occult_model::{LoadOptions, ModelFiles, ModelSpec, StoredDtype, Threads};
@@ -26,6 +26,7 @@ use crate::args::PruneRule;
 use crate::exit::Usage;
 use crate::output::{print, print_json, seconds};
 use crate::train_args::{TrainArgs, Trained};
+use crate::world::run_world;
 use crate::{progress, setup};
 
 /// Where weights come from.
@@ -51,9 +52,15 @@ pub(crate) fn run(start: Start<'_>, args: &TrainArgs) -> Result<()> {
     if spec.moe_layers().next().is_none() {
         bail!("{}: has no MoE layer", start.dir().display());
     }
+    if args.resume && !args.output.join("training").is_dir() {
+        bail!("{}: has no run to resume", args.output.display());
+    }
+    // Before ranks wait for each other: encoding can take longer than they would.
+    if !args.world.is_mpi() {
+        build(args, start.dir(), &spec, &args.output.join("training"))?;
+    }
     let stop = interrupts()?;
-    let comm: Arc<dyn Communicator> = Arc::new(SoloComm::new());
-    train(start, args, &spec, comm, &stop)
+    run_world(&args.world, |comm| train(start, args, &spec, Arc::from(comm), &stop)).map(|_| ())
 }
 
 /// Set by the first interrupt; the second one ends the program at once.
@@ -171,8 +178,9 @@ fn train(
     let training = args.output.join("training");
     let ranks = ranks(args, spec, comm.clone())?;
     // Rank 0 encodes; the others open what it has left.
-    let stores = if lead { build(args, dir, spec, &training) } else { Ok(()) };
-    stores?;
+    if lead {
+        build(args, dir, spec, &training)?;
+    }
     comm.barrier("encoding data")?;
     let store = data::build(&args.data, dir, spec, &training)?;
     let data = data::open(&store, &args.data, None, args.length, args.seed, spec)?;
@@ -193,7 +201,9 @@ fn train(
     let description =
         format!("{}; {}", data.description, json!([args.trained_text(), how.balance_coefficient]));
     let options = options(args, start, &ranks, &data.loader, description)?;
-    let threads = Threads::new((setup::threads(args.threads) / comm.world_size()).max(1));
+    let here = comm.host_of_rank();
+    let sharing = here.iter().filter(|host| **host == here[comm.rank()]).count();
+    let threads = Threads::new((setup::threads(args.threads) / sharing).max(1));
     let spinner = progress::spinner("making the model");
     let (mut model, layout, dtype) = match start {
         Start::Random(_) => {
@@ -242,6 +252,7 @@ fn train(
     };
     if lead {
         output::configuration(dir, &args.output, dtype)?;
+        output::limit(&args.output, model.ranks(), spec, args)?;
     }
     model.write(&args.output, layout, dtype)?;
     comm.barrier("writing the model")?;
