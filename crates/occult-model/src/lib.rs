@@ -72,6 +72,7 @@ pub use moe::{
     ExpertWeights, LocalExperts, MoeLayer, MoeOutput, ParallelExperts, Router, RoutingObserver,
     RoutingRecord, Shared, StackedExperts,
 };
+pub use occult_kernels::ops::router::router_z_loss;
 pub use occult_kernels::{Threads, quant};
 pub use parameters::{Gradient, MakeTrainableMoe, ModelParameters, Parameter, ParameterKind};
 pub use passes::{PASS_ROWS, Pass, PassObserver, for_each_pass, passes};
