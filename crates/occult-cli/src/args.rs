@@ -202,6 +202,27 @@ pub(crate) struct SearchArgs {
     pub(crate) threads: Option<usize>,
 }
 
+impl Default for SearchArgs {
+    /// What the command line gives when nothing is said.
+    fn default() -> Self {
+        Self {
+            load_cap: None,
+            replicas: 0,
+            equal: false,
+            max_experts_per_rank: None,
+            keep_groups: None,
+            rank_cost: None,
+            node_cost: None,
+            time_limit: None,
+            restarts: None,
+            seed: 0,
+            max_tokens: 200_000,
+            holdout: 0.0,
+            threads: None,
+        }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
     /// Files or folders, all of one format
@@ -455,7 +476,7 @@ fn holdout(text: &str) -> Result<f64, String> {
     number(text, "a share from 0 to below 1", |x| (0.0..1.0).contains(&x))
 }
 
-fn keep_mass(text: &str) -> Result<f64, String> {
+pub(crate) fn keep_mass(text: &str) -> Result<f64, String> {
     number(text, "a share above 0, at most 1", |x| x > 0.0 && x <= 1.0)
 }
 

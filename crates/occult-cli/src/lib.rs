@@ -18,6 +18,7 @@ mod progress;
 mod pruning;
 pub mod report;
 mod setup;
+mod spreading;
 mod tokens;
 mod train_args;
 mod training;

@@ -7,6 +7,8 @@ use occult_model::hf::ExpertLayout;
 use occult_model::quant::Format;
 use occult_model::{PASS_ROWS, StoredDtype};
 
+use crate::spreading::SpreadArgs;
+
 /// Number formats of weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Dtype {
@@ -131,6 +133,8 @@ pub(crate) struct BenchModelArgs {
 pub(crate) struct LogitsArgs {
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) spread: SpreadArgs,
     /// Token ids: a JSON list of lists, or safetensors with `input_ids` [batch, len]
     #[arg(long, value_name = "FILE")]
     pub(crate) ids: PathBuf,
@@ -146,6 +150,8 @@ pub(crate) struct LogitsArgs {
 pub(crate) struct ProfileArgs {
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) spread: SpreadArgs,
     /// Text files
     #[arg(long, num_args = 1.., value_name = "FILE", required_unless_present = "ids")]
     pub(crate) text: Vec<PathBuf>,
@@ -179,6 +185,8 @@ pub(crate) struct ProfileArgs {
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) spread: SpreadArgs,
     /// Text to continue, or with --chat what the user says
     #[arg(long, value_name = "TEXT", required_unless_present = "ids", conflicts_with = "ids")]
     pub(crate) prompt: Option<String>,
@@ -216,6 +224,8 @@ pub(crate) struct GenerateArgs {
 pub(crate) struct EvalArgs {
     #[command(flatten)]
     pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) spread: SpreadArgs,
     /// Text files to measure the perplexity of
     #[arg(long, num_args = 1.., value_name = "FILE", required_unless_present_any = ["ids", "tasks"])]
     pub(crate) text: Vec<PathBuf>,

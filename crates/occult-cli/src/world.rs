@@ -48,7 +48,6 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 impl WorldArgs {
-    #[allow(dead_code, reason = "for the commands that run a model")]
     /// Whether more than one rank may take part: asked before the world exists, when MPI has not said its size.
     pub(crate) fn is_parallel(&self) -> bool {
         self.comm == CommKind::Mpi || self.ranks.is_some_and(|n| n > 1)
@@ -57,6 +56,12 @@ impl WorldArgs {
     /// `--ranks`, where the user gave it.
     pub(crate) fn ranks(&self) -> Option<usize> {
         self.ranks.map(usize::from)
+    }
+
+    /// So many ranks where the user gave no number; MPI has its own.
+    pub(crate) fn or_ranks(&self, ranks: Option<usize>) -> Self {
+        let ranks = ranks.filter(|_| !self.is_mpi()).and_then(|n| u16::try_from(n).ok());
+        Self { ranks: self.ranks.or(ranks), ..self.clone() }
     }
 
     /// Whether ranks are processes, of which every one runs the whole command.

@@ -33,7 +33,7 @@ pub(super) fn run(args: &DemoArgs) -> Result<()> {
     import(dir, &profile_path)?;
     let profile = Profile::open(&profile_path)?;
 
-    let search = SearchArgs { holdout: 0.5, ..search_defaults() };
+    let search = SearchArgs { holdout: 0.5, ..SearchArgs::default() };
     let (hidden, ffn) = SHAPE;
     let shape = ShapeArgs { hidden, ffn, dtype: "bf16".to_owned(), step_tokens: 16_384 };
     let comparison = compare::run(&Request {
@@ -91,24 +91,6 @@ fn import(dir: &Path, profile: &Path) -> Result<()> {
 }
 
 /// What the command line would give without options.
-fn search_defaults() -> SearchArgs {
-    SearchArgs {
-        load_cap: None,
-        replicas: 0,
-        equal: false,
-        max_experts_per_rank: None,
-        keep_groups: None,
-        rank_cost: None,
-        node_cost: None,
-        time_limit: None,
-        restarts: None,
-        seed: 0,
-        max_tokens: 200_000,
-        holdout: 0.0,
-        threads: None,
-    }
-}
-
 /// The table of the demo, for somebody who has never heard of any of this.
 fn summary(data: &ReportData, dir: &Path, report: &Path) -> String {
     let (p, s) = (&data.profile, &data.setting);

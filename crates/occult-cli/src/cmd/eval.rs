@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::model_args::EvalArgs;
 use crate::output::{Table, print, print_json};
+use crate::spreading::with_model;
 use crate::{inputs, model, progress};
 
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
@@ -30,43 +31,46 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         model::check_ids(&ids, &spec, usize::MAX).with_context(|| path.display().to_string())?;
         sequences.push((path.as_path(), ids));
     }
-    let decoder = model::load(&args.load)?;
-
-    let mut texts: Vec<(&Path, Perplexity)> = Vec::new();
-    let mut total = Perplexity::default();
-    let bar = progress::bar((args.text.len() + args.ids.len()) as u64, "texts");
-    for path in &args.text {
-        let Some(tokenizer) = &tokenizer else { continue };
-        let ids = inputs::text(path, tokenizer, args.max_tokens)?;
-        let score =
-            perplexity(&decoder, &ids, prefix, window, None).with_context(|| path.display().to_string())?;
-        scored(path, &score)?;
-        total.add(&score);
-        texts.push((path, score));
-        bar.inc(1);
-    }
-    for (path, sequences) in &sequences {
-        let mut score = Perplexity::default();
-        let mut left = args.max_tokens.unwrap_or(usize::MAX);
-        for ids in sequences {
-            let ids = &ids[..ids.len().min(left)];
-            left -= ids.len();
-            let part =
-                perplexity(&decoder, ids, None, window, None).with_context(|| path.display().to_string())?;
-            score.add(&part);
+    let done = with_model(&args.load, &args.spread, |decoder| {
+        let mut texts: Vec<(&Path, Perplexity)> = Vec::new();
+        let mut total = Perplexity::default();
+        let bar = bar_of(decoder, args.text.len() + args.ids.len(), "texts");
+        for path in &args.text {
+            let Some(tokenizer) = &tokenizer else { continue };
+            let ids = inputs::text(path, tokenizer, args.max_tokens)?;
+            let score = perplexity(decoder, &ids, prefix, window, None)
+                .with_context(|| path.display().to_string())?;
+            scored(path, &score)?;
+            total.add(&score);
+            texts.push((path, score));
+            bar.inc(1);
         }
-        scored(path, &score)?;
-        total.add(&score);
-        texts.push((path, score));
-        bar.inc(1);
-    }
-    bar.finish_and_clear();
+        for (path, sequences) in &sequences {
+            let mut score = Perplexity::default();
+            let mut left = args.max_tokens.unwrap_or(usize::MAX);
+            for ids in sequences {
+                let ids = &ids[..ids.len().min(left)];
+                left -= ids.len();
+                let part = perplexity(decoder, ids, None, window, None)
+                    .with_context(|| path.display().to_string())?;
+                score.add(&part);
+            }
+            scored(path, &score)?;
+            total.add(&score);
+            texts.push((path, score));
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
 
-    let mut tasks = Vec::new();
-    for (path, items) in &questions {
-        let Some(tokenizer) = &tokenizer else { continue };
-        tasks.push((path, choices(path, items, &decoder, tokenizer, prefix)?));
-    }
+        let mut tasks = Vec::new();
+        for (path, items) in &questions {
+            let Some(tokenizer) = &tokenizer else { continue };
+            tasks.push((path, choices(path, items, decoder, tokenizer, prefix)?));
+        }
+
+        Ok((texts, total, tasks))
+    })?;
+    let Some((texts, total, tasks)) = done else { return Ok(()) };
 
     if args.json {
         let text = |path: Value, p: &Perplexity| json!({ "file": path, "perplexity": p.value(), "nll": p.nll, "tokens": p.tokens });
@@ -110,6 +114,14 @@ fn scored(path: &Path, score: &Perplexity) -> Result<()> {
     Ok(())
 }
 
+/// A bar that the first rank shows.
+fn bar_of(decoder: &Decoder, items: usize, what: &str) -> indicatif::ProgressBar {
+    match decoder.is_first_rank() {
+        true => progress::bar(items as u64, what),
+        false => indicatif::ProgressBar::hidden(),
+    }
+}
+
 fn choices(
     path: &Path,
     items: &[ChoiceItem],
@@ -119,12 +131,21 @@ fn choices(
 ) -> Result<ChoiceScores> {
     let encode = |text: &str, special: bool| tokenizer.encode(text, special);
     let mut scores = ChoiceScores::default();
-    let bar = progress::bar(items.len() as u64, "questions");
-    for (i, item) in items.iter().enumerate() {
+    let bar = bar_of(decoder, items.len(), "questions");
+    let (rank, num_ranks) =
+        decoder.ranks().map_or((0, 1), |ranks| (ranks.comm().rank(), ranks.comm().world_size()));
+    for (i, item) in items.iter().enumerate().skip(rank).step_by(num_ranks) {
         let score = score_item(decoder, &encode, prefix, item);
         scores.add(&score.with_context(|| format!("{}: question {}", path.display(), i + 1))?);
-        bar.inc(1);
+        bar.inc(num_ranks as u64);
     }
     bar.finish_and_clear();
+    decoder.attend()?;
+    if let Some(ranks) = decoder.ranks() {
+        let mut sums = [scores.items, scores.correct, scores.correct_norm].map(|n| n as f64);
+        ranks.comm().all_reduce_sum_f64("answers", &mut sums)?;
+        let [items, correct, correct_norm] = sums.map(|n| n as u64);
+        scores = ChoiceScores { items, correct, correct_norm };
+    }
     Ok(scores)
 }

@@ -14,7 +14,8 @@ use occult_model::{
 use serde_json::{Value, json};
 
 use crate::model_args::GenerateArgs;
-use crate::output::print_json;
+use crate::output::{print, print_json};
+use crate::spreading::with_model;
 use crate::{inputs, model};
 
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
@@ -44,23 +45,31 @@ fn of_text(args: &GenerateArgs, spec: &ModelSpec, options: &GenerateOptions) -> 
     let tokenizer = model::tokenizer(&args.load.model, spec)?;
     let prompt = prompt_ids(args, &tokenizer)?;
     check_prompt(spec, &prompt)?;
-    let decoder = model::load(&args.load)?;
-    let mut stdout = std::io::stdout().lock();
-    let mut stream = tokenizer.stream();
-    let mut text = String::new();
-    let timed = Timed::run(&decoder, &prompt, options, &mut |id| {
-        let piece = stream(id)?;
-        text.push_str(&piece);
-        Ok(if args.json { Ok(()) } else { stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()) })
+    let done = with_model(&args.load, &args.spread, |decoder| {
+        if !decoder.is_first_rank() {
+            decoder.attend()?;
+            return Ok(None);
+        }
+        let mut stdout = std::io::stdout().lock();
+        let mut stream = tokenizer.stream();
+        let mut text = String::new();
+        let timed = Timed::run(decoder, &prompt, options, &mut |id| {
+            let piece = stream(id)?;
+            text.push_str(&piece);
+            let mut show = || stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush());
+            Ok(if args.json { Ok(()) } else { show() })
+        })?;
+        decoder.attend()?;
+        Ok(Some((timed, text)))
     })?;
+    let Some((timed, text)) = done.flatten() else { return Ok(()) };
     if args.json {
-        drop(stdout);
-        let mut object = timed.json(&prompt, &options.sampling);
+        let mut object = timed.json(prompt.len(), &options.sampling);
         object["text"] = json!(text);
         return print_json(&object);
     }
-    writeln!(stdout).context("cannot write to standard output")?;
-    eprintln!("{}", timed.sentence(&prompt));
+    writeln!(std::io::stdout()).context("cannot write to standard output")?;
+    eprintln!("{}", timed.sentence(prompt.len()));
     Ok(())
 }
 
@@ -70,28 +79,44 @@ fn of_ids(args: &GenerateArgs, path: &Path, spec: &ModelSpec, options: &Generate
     for (i, prompt) in prompts.iter().enumerate() {
         check_prompt(spec, prompt).with_context(|| format!("{}: sequence {i}", path.display()))?;
     }
-    let decoder = model::load(&args.load)?;
-    let mut stdout = std::io::stdout().lock();
-    let mut objects = Vec::new();
-    for prompt in &prompts {
-        let mut separator = "[";
-        let timed = Timed::run(&decoder, prompt, options, &mut |id| {
-            if args.json {
-                return Ok(Ok(()));
+    let done = with_model(&args.load, &args.spread, |decoder| {
+        let (rank, num_ranks) =
+            decoder.ranks().map_or((0, 1), |ranks| (ranks.comm().rank(), ranks.comm().world_size()));
+        // Prompts are dealt out in turn; text comes token by token where nobody else writes.
+        let streams = num_ranks == 1 && !args.json;
+        let mut own = Vec::new();
+        for prompt in prompts.iter().skip(rank).step_by(num_ranks) {
+            let mut separator = "[";
+            let timed = Timed::run(decoder, prompt, options, &mut |id| {
+                let mut stdout = std::io::stdout().lock();
+                let mut show = || write!(stdout, "{separator}{id}").and_then(|()| stdout.flush());
+                let written = if streams { show() } else { Ok(()) };
+                separator = ", ";
+                Ok(written)
+            })?;
+            if streams {
+                print("]\n")?;
+                eprintln!("{}", timed.sentence(prompt.len()));
             }
-            let written = write!(stdout, "{separator}{id}").and_then(|()| stdout.flush());
-            separator = ", ";
-            Ok(written)
-        })?;
-        if args.json {
-            objects.push(timed.json(prompt, &options.sampling));
-            continue;
+            own.push(timed.json(prompt.len(), &options.sampling));
         }
-        writeln!(stdout, "]").context("cannot write to standard output")?;
-        eprintln!("{}", timed.sentence(prompt));
+        decoder.attend()?;
+        let Some(ranks) = decoder.ranks() else { return Ok((streams, own)) };
+        let all = ranks.gather("generated ids", &serde_json::to_vec(&own)?)?;
+        let of_rank = all.iter().map(|bytes| Ok(serde_json::from_slice(bytes)?));
+        let of_rank: Vec<Vec<Value>> = of_rank.collect::<Result<_>>()?;
+        let in_order =
+            (0..prompts.len()).filter_map(|i| of_rank.get(i % num_ranks)?.get(i / num_ranks).cloned());
+        Ok((streams, in_order.collect()))
+    })?;
+    match done {
+        None | Some((true, _)) => Ok(()),
+        Some((false, objects)) if args.json => print_json(&Value::Array(objects)),
+        Some((false, objects)) => objects.iter().try_for_each(|object| {
+            let ids = object["ids"].as_array().into_iter().flatten().map(Value::to_string);
+            print(&format!("[{}]\n", ids.collect::<Vec<_>>().join(", ")))
+        }),
     }
-    drop(stdout);
-    if args.json { print_json(&Value::Array(objects)) } else { Ok(()) }
 }
 
 fn prompt_ids(args: &GenerateArgs, tokenizer: &TextTokenizer) -> Result<Vec<u32>> {
@@ -153,19 +178,19 @@ impl Timed {
         }
     }
 
-    fn json(&self, prompt: &[u32], sampling: &Sampling) -> Value {
+    fn json(&self, prompt_tokens: usize, sampling: &Sampling) -> Value {
         json!({
-            "ids": self.generated.ids, "prompt_tokens": prompt.len(), "stop": self.stop(),
+            "ids": self.generated.ids, "prompt_tokens": prompt_tokens, "stop": self.stop(),
             "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, "seed": sampling.seed,
             "seconds_to_first_token": self.first, "tokens_per_second": self.rate,
         })
     }
 
-    fn sentence(&self, prompt: &[u32]) -> String {
+    fn sentence(&self, prompt_tokens: usize) -> String {
         format!(
             "{} tokens after {} of the prompt, first after {}{}; {}",
             self.generated.ids.len(),
-            prompt.len(),
+            prompt_tokens,
             crate::output::seconds(self.first),
             self.rate.map_or(String::new(), |r| format!(", then {r:.1} tokens/s")),
             self.stop(),

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::model_args::LogitsArgs;
 use crate::output::print;
+use crate::spreading::with_model;
 use crate::{inputs, model, progress};
 
 /// Most positions, padding included.
@@ -20,9 +21,19 @@ pub(super) fn run(args: &LogitsArgs) -> Result<()> {
     let sequences = inputs::ids(&args.ids)?;
     let spec = occult_model::hf::read_spec(&args.load.model)?;
     let shape = Shape::of(&sequences, &spec).with_context(|| args.ids.display().to_string())?;
-    let decoder = model::load(&args.load)?;
-    write_atomic_with(&args.out, |file| write(file, &sequences, &decoder, &shape, args.batch_tokens))
-        .with_context(|| format!("computing {}", args.out.display()))?;
+    let done = with_model(&args.load, &args.spread, |decoder| {
+        if !decoder.is_first_rank() {
+            let (none, mut observe) =
+                (&mut |_: &Pass, _: &[f32]| Ok(()), |_: &Pass, _: &RoutingRecord<'_>| Ok(()));
+            let rows = args.batch_tokens;
+            return Ok(for_each_pass(decoder, &sequences, rows, Logits::All, Some(&mut observe), none)?);
+        }
+        write_atomic_with(&args.out, |file| write(file, &sequences, decoder, &shape, args.batch_tokens))
+            .with_context(|| format!("computing {}", args.out.display()))
+    })?;
+    if done.is_none() {
+        return Ok(());
+    }
     let Shape { batch, len, vocab, layers, top_k } = shape;
     print(&format!(
         "{}: logits [{batch}, {len}, {vocab}] f32, expert_ids [{layers}, {batch}, {len}, {top_k}] i64\n",
@@ -51,7 +62,7 @@ impl Shape {
     }
 }
 
-/// `expert_ids` stands first, so that both tensors are aligned, and is known last: logits go straight to the file.
+/// `expert_ids` stands first, so that both tensors are aligned, and is known last: logits go straight to the file, passes in any order.
 fn write(
     file: &mut File,
     sequences: &[Vec<u32>],
@@ -73,7 +84,8 @@ fn write(
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     let data = out.stream_position()?;
-    out.seek(SeekFrom::Start(data + ids_bytes as u64))?;
+    // What is not written, the logits of padding, is zero.
+    out.get_ref().set_len(data + (ids_bytes + logits_bytes) as u64)?;
     // Where a pass' positions stand in the result: sequences are aligned at the end.
     let first = |pass: &Pass| {
         let longest = sequences[pass.sequences.clone()].iter().map(Vec::len).max().unwrap_or(0);
@@ -95,13 +107,12 @@ fn write(
         for_each_pass(decoder, sequences, rows, Logits::All, Some(&mut observe), &mut |pass, logits| {
             let (at, t) = (first(pass), pass.positions.len());
             for (b, rows) in pass.sequences.clone().zip(logits.chunks_exact(t * vocab)) {
-                let padding = len - sequences[b].len();
-                if pass.positions.start == 0 {
-                    failed = write_f32(&mut out, &vec![0.0; padding * vocab]).err();
-                }
-                let skip = padding.saturating_sub(at) * vocab;
-                failed = failed.take().or(write_f32(&mut out, &rows[skip..]).err());
-                bar.inc((t - skip / vocab) as u64);
+                let skip = (len - sequences[b].len()).saturating_sub(at);
+                let to = data + (ids_bytes + 4 * (b * len + at + skip) * vocab) as u64;
+                let written =
+                    out.seek(SeekFrom::Start(to)).and_then(|_| write_f32(&mut out, &rows[skip * vocab..]));
+                failed = failed.take().or(written.err());
+                bar.inc((t - skip) as u64);
             }
             match failed {
                 Some(_) => Err(ModelError::request("writing failed")),

@@ -1,15 +1,17 @@
 //! `occult profile`
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use occult_formats::{FormatError, ProfileMeta, ProfileWriter, Source};
-use occult_model::{Decoder, Logits, ModelError, Pass, RoutingRecord, for_each_pass};
+use occult_model::{Decoder, Logits, ModelError, Pass, PassObserver, RoutingRecord, for_each_pass};
 use serde_json::json;
 
 use crate::model_args::ProfileArgs;
 use crate::output::{print, print_json};
+use crate::spreading::with_model;
 use crate::{inputs, model, progress};
 
 pub(super) fn run(args: &ProfileArgs) -> Result<()> {
@@ -42,41 +44,53 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
         notes,
     };
     let meta = ProfileMeta { source, domains: domains.clone(), ..model::profile_meta(spec, name) };
-    let mut recorder = match args.no_record {
-        true => None,
-        false => Some(Recorder::new(ProfileWriter::create(&args.output, meta)?)),
-    };
-    let decoder = model::load(&args.load)?;
-
-    let bar = progress::bar(0, "tokens");
-    let (start, mut tokens) = (Instant::now(), 0);
-    for (path, is_text) in args.text.iter().map(|p| (p, true)).chain(args.ids.iter().map(|p| (p, false))) {
-        let sequences = match &tokenizer {
-            Some(tokenizer) if is_text => vec![inputs::text(path, tokenizer, args.max_tokens)?],
-            _ => inputs::ids(path)?,
+    let create = || Ok::<_, FormatError>(Recorder::new(ProfileWriter::create(&args.output, meta.clone())?));
+    // A file that cannot be written is found before the weights are read, unless other processes must not write it, too.
+    let early = !args.no_record && !args.spread.world.is_mpi();
+    let recorder = Mutex::new(early.then(create).transpose()?);
+    let done = with_model(&args.load, &args.spread, |decoder| {
+        let first = decoder.is_first_rank();
+        let mut recorder = match first && !args.no_record {
+            true => match recorder.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                Some(recorder) => Some(recorder),
+                None => Some(create()?),
+            },
+            false => None,
         };
-        let mut left = max;
-        let mut windows: Vec<&[u32]> = Vec::new();
-        for sequence in &sequences {
-            let sequence = &sequence[..sequence.len().min(left)];
-            left -= sequence.len();
-            windows.extend(sequence.chunks(window));
+        let bar = if first { progress::bar(0, "tokens") } else { indicatif::ProgressBar::hidden() };
+        let (start, mut tokens) = (Instant::now(), 0);
+        for (path, is_text) in args.text.iter().map(|p| (p, true)).chain(args.ids.iter().map(|p| (p, false)))
+        {
+            let sequences = match &tokenizer {
+                Some(tokenizer) if is_text => vec![inputs::text(path, tokenizer, args.max_tokens)?],
+                _ => inputs::ids(path)?,
+            };
+            let mut left = max;
+            let mut windows: Vec<&[u32]> = Vec::new();
+            for sequence in &sequences {
+                let sequence = &sequence[..sequence.len().min(left)];
+                left -= sequence.len();
+                windows.extend(sequence.chunks(window));
+            }
+            bar.inc_length(windows.iter().map(|w| w.len() as u64).sum());
+            let domain = domains.iter().position(|d| *d == stem(path)).unwrap_or(0) as u16;
+            let mut done = |n: usize| {
+                tokens += n;
+                bar.inc(n as u64);
+            };
+            let record = !args.no_record;
+            let recorder = recorder.as_mut().map(|r| (r, domain));
+            run_windows(decoder, &windows, args.batch_tokens, record, recorder, &mut done)
+                .with_context(|| path.display().to_string())?;
         }
-        bar.inc_length(windows.iter().map(|w| w.len() as u64).sum());
-        let domain = domains.iter().position(|d| *d == stem(path)).unwrap_or(0) as u16;
-        let mut done = |n: usize| {
-            tokens += n;
-            bar.inc(n as u64);
+        let (meta, recording) = match recorder {
+            Some(recorder) => recorder.finish().map(|(meta, spent)| (Some(meta), spent.as_secs_f64()))?,
+            None => (None, 0.0),
         };
-        run_windows(&decoder, &windows, args.batch_tokens, recorder.as_mut().map(|r| (r, domain)), &mut done)
-            .with_context(|| path.display().to_string())?;
-    }
-    let (meta, recording) = match recorder {
-        Some(recorder) => recorder.finish().map(|(meta, spent)| (Some(meta), spent.as_secs_f64()))?,
-        None => (None, 0.0),
-    };
-    let seconds = start.elapsed().as_secs_f64();
-    bar.finish_and_clear();
+        bar.finish_and_clear();
+        Ok((meta, recording, tokens, start.elapsed().as_secs_f64()))
+    })?;
+    let Some((meta, recording, tokens, seconds)) = done else { return Ok(()) };
     let rate = tokens as f64 / seconds.max(1e-9);
     if args.json {
         return print_json(&json!({
@@ -104,6 +118,7 @@ fn run_windows(
     decoder: &Decoder,
     windows: &[&[u32]],
     rows: usize,
+    record: bool,
     recorder: Option<(&mut Recorder, u16)>,
     done: &mut dyn FnMut(usize),
 ) -> Result<()> {
@@ -113,7 +128,10 @@ fn run_windows(
         Ok(())
     };
     let Some((recorder, domain)) = recorder else {
-        return Ok(for_each_pass(decoder, windows, rows, Logits::Last, None, &mut each)?);
+        // On other ranks than the first, what is observed is not shown, but is computed.
+        let mut observe = |_: &Pass, _: &RoutingRecord<'_>| Ok(());
+        let observe = record.then_some(&mut observe as &mut PassObserver<'_>);
+        return Ok(for_each_pass(decoder, windows, rows, Logits::Last, observe, &mut each)?);
     };
     let mut observe = |_: &Pass, r: &RoutingRecord<'_>| recorder.record(r, domain);
     let result = for_each_pass(decoder, windows, rows, Logits::Last, Some(&mut observe), &mut each);

@@ -269,7 +269,7 @@ fn train(
         }));
     }
     let loss = last.as_ref().and_then(|e| e.loss).map_or_else(String::new, |l| format!(", loss {l:.4}"));
-    let rest = if finished { String::new() } else { format!("; stopped, go on with --resume") };
+    let rest = if finished { String::new() } else { "; stopped, go on with --resume".to_owned() };
     print(&format!(
         "{} steps, {} tokens{loss}, {}: {}{rest}\n",
         state.step,

@@ -1,0 +1,248 @@
+//! Models of the commands that run one: in this process alone, or with their experts over ranks.
+
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, Result, anyhow};
+use clap::{Args, ValueEnum};
+use occult_comm::Communicator;
+use occult_formats::{Columns, LimitFile, PlacementFile, Profile};
+use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, Ranks, Spread, Threads};
+use occult_moe::{LayerOptions, Mode, Overlap, PruneRule as Rule, Pruning, topology_of};
+use occult_plan::placement::{Method, contiguous};
+use occult_plan::{Placement, Topology};
+
+use crate::args::{ClusterArgs, PruneRule, SearchArgs};
+use crate::exit::Usage;
+use crate::model_args::LoadArgs;
+use crate::placing::{LayerInput, Placer};
+use crate::tokens::{self, Holdout};
+use crate::world::{WorldArgs, run_world};
+use crate::{model, parallel, progress, pruning, setup};
+
+/// What travels between ranks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeArg {
+    /// One row per token and expert, as other frameworks do: to compare with
+    Conventional,
+    /// One row per token and rank
+    #[default]
+    Dedup,
+}
+
+/// Experts over ranks.
+#[derive(Debug, Args)]
+pub(crate) struct SpreadArgs {
+    #[command(flatten)]
+    pub(crate) world: WorldArgs,
+    /// Which rank holds which expert (`occult place`) [default: what the model was tuned with, else equal runs]
+    #[arg(long, value_name = "PLACEMENT", conflicts_with = "place_by")]
+    placement: Option<PathBuf>,
+    /// Routing profile to compute a placement from
+    #[arg(long, value_name = "PROFILE")]
+    place_by: Option<PathBuf>,
+    /// What travels between ranks
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    mode: ModeArg,
+    /// Parts of a batch whose exchange runs beside the compute of another: off, a number, or auto (for --cluster)
+    #[arg(long, default_value = "off", value_parser = overlap, value_name = "PARTS")]
+    overlap: OverlapArg,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    /// Most ranks a token may visit [default: what the model was tuned with, else all]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    max_ranks: Option<u16>,
+    /// How ranks and replacements are chosen [default: what the model was tuned with, else best-mass]
+    #[arg(long, value_enum, requires = "max_ranks")]
+    rule: Option<PruneRule>,
+    /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
+    #[arg(long, value_parser = crate::args::keep_mass, value_name = "SHARE", requires = "max_ranks")]
+    keep_mass: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum OverlapArg {
+    Off,
+    Auto,
+    Parts(usize),
+}
+
+fn overlap(text: &str) -> Result<OverlapArg, String> {
+    match (text, text.parse::<usize>()) {
+        ("off", _) => Ok(OverlapArg::Off),
+        ("auto", _) => Ok(OverlapArg::Auto),
+        (_, Ok(parts)) if (1..=1024).contains(&parts) => Ok(OverlapArg::Parts(parts)),
+        _ => Err("expected off, auto, or 1 to 1024 parts".to_owned()),
+    }
+}
+
+/// Loads the model and does `work` with it, on every rank: its forward passes are collective. Returns what the first rank
+/// returned; `None` in other processes of an MPI program. What is wrong without the weights is found before anything runs.
+pub(crate) fn with_model<T: Send>(
+    load: &LoadArgs,
+    spread: &SpreadArgs,
+    work: impl Fn(&Decoder) -> Result<T> + Sync,
+) -> Result<Option<T>> {
+    let tuned = LimitFile::read(&load.model)?;
+    let world = spread.world.or_ranks(match (&spread.placement, &tuned) {
+        (Some(path), _) => Some(PlacementFile::read(path)?.placement.topology().num_ranks()),
+        (None, Some((_, file))) => Some(file.placement.topology().num_ranks()),
+        (None, None) => None,
+    });
+    if !world.is_parallel() {
+        return spread.alone().and_then(|()| work(&model::load(load)?).map(Some));
+    }
+    let spec = occult_model::hf::read_spec(&load.model)?;
+    let wanted = Wanted::new(load, spread, &spec, tuned)?;
+    run_world(&world, |comm| {
+        let comm: Arc<dyn Communicator> = Arc::from(comm);
+        work(&wanted.load(load, comm)?)
+    })
+}
+
+impl SpreadArgs {
+    /// Options that mean something only with several ranks.
+    fn alone(&self) -> Result<()> {
+        let given = [
+            ("--place-by", self.place_by.is_some()),
+            ("--mode conventional", self.mode != ModeArg::default()),
+            ("--overlap", self.overlap != OverlapArg::Off),
+            ("--max-ranks", self.max_ranks.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            Some((option, _)) => {
+                Err(Usage(format!("{option} needs ranks: give --ranks N or --comm mpi")).into())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// What was asked for, as far as it is known before the ranks are.
+struct Wanted<'a> {
+    args: &'a SpreadArgs,
+    spec: &'a ModelSpec,
+    file: Option<Placement>,
+    profile: Option<Profile>,
+    pruning: Option<Pruning>,
+    /// Computed by the rank that comes first, for all of this process.
+    computed: OnceLock<Result<Placement, String>>,
+}
+
+impl<'a> Wanted<'a> {
+    fn new(
+        load: &LoadArgs,
+        args: &'a SpreadArgs,
+        spec: &'a ModelSpec,
+        tuned: Option<(LimitFile, PlacementFile)>,
+    ) -> Result<Self> {
+        let meta = model::profile_meta(spec, model::name(&load.model));
+        let (limit, tuned) = tuned.unzip();
+        let file = match &args.placement {
+            Some(path) => Some(setup::placement(path, &meta)?),
+            None if args.place_by.is_some() => None,
+            None => tuned,
+        };
+        let profile = args.place_by.as_deref().map(setup::profile).transpose()?;
+        if let (Some(path), Some(profile)) = (&args.place_by, &profile) {
+            let found = (profile.num_layers(), profile.meta().num_experts);
+            let expected = (spec.num_moe_layers(), spec.moe.router.num_experts);
+            if found != expected {
+                let words = |(l, e): (usize, usize)| format!("{l} MoE layers of {e} experts");
+                let message = format!("expected {}, found {}", words(expected), words(found));
+                return Err(anyhow!("{}: a profile of another model: {message}", path.display()));
+            }
+        }
+        let named = |name: &str| match name {
+            "router-score" => Ok(PruneRule::RouterScore),
+            "best-mass" => Ok(PruneRule::BestMass),
+            other => Err(anyhow!("{}: rule {other:?} is not known", load.model.display())),
+        };
+        let (max, rule, mass) = match (args.max_ranks, &limit) {
+            (Some(n), limit) => {
+                let tuned = limit.as_ref().map(|l| named(&l.rule)).transpose()?;
+                (Some(usize::from(n)), args.rule.or(tuned).unwrap_or(PruneRule::BestMass), args.keep_mass)
+            }
+            (None, Some(limit)) => (limit.max_ranks, named(&limit.rule)?, limit.keep_mass),
+            (None, None) => (None, PruneRule::BestMass, None),
+        };
+        let rule = match rule {
+            PruneRule::RouterScore => Rule::RouterScore,
+            PruneRule::BestMass => Rule::BestMass,
+            PruneRule::Similarity => {
+                let message = "--rule similarity needs a table made from a profile: `occult prune` has one, a running \
+                               model takes router-score or best-mass";
+                return Err(Usage(message.to_owned()).into());
+            }
+        };
+        let pruning = max.map(|max| Pruning { rule, budget: pruning::budget(max, mass) });
+        let file = file.map(|f| f.placement);
+        Ok(Self { args, spec, file, profile, pruning, computed: OnceLock::new() })
+    }
+
+    /// The model with this rank's experts.
+    fn load(&self, load: &LoadArgs, comm: Arc<dyn Communicator>) -> Result<Decoder> {
+        let topology = topology_of(&*comm)?;
+        let hosts = comm.host_of_rank();
+        let here = hosts.iter().filter(|&&h| h == hosts[comm.rank()]).count();
+        let threads = Threads::new((setup::threads(load.threads) / here).max(1));
+        let options = LoadOptions { dtype: load.dtype.map(|d| d.stored()), threads: Some(threads) };
+        let files = ModelFiles::open(&load.model, options)?;
+        let spread = Spread { placement: self.placement(topology)?, options: self.options(topology)? };
+        let spinner = (comm.rank() == 0).then(|| {
+            progress::spinner(&format!("loading {} on {} ranks", load.model.display(), hosts.len()))
+        });
+        let decoder = files.load_spread(&Ranks::new(Arc::clone(&comm)), &spread);
+        spinner.inspect(|s| s.finish_and_clear());
+        Ok(decoder?)
+    }
+
+    fn options(&self, topology: Topology) -> Result<LayerOptions> {
+        let mode = match self.args.mode {
+            ModeArg::Conventional => Mode::Conventional,
+            ModeArg::Dedup => Mode::Dedup,
+        };
+        let overlap = match self.args.overlap {
+            OverlapArg::Off => Overlap::Off,
+            OverlapArg::Parts(n) => Overlap::Chunks(n),
+            OverlapArg::Auto => match setup::cluster(&self.args.cluster, topology)? {
+                Some(cluster) => Overlap::Auto(Box::new(cluster)),
+                None => return Err(Usage("--overlap auto needs --cluster".to_owned()).into()),
+            },
+        };
+        Ok(LayerOptions { mode, overlap, pruning: self.pruning.clone(), ..LayerOptions::new(topology) })
+    }
+
+    /// Of the file, of a search in the profile, or equal runs.
+    fn placement(&self, topology: Topology) -> Result<Placement> {
+        if let Some(placement) = &self.file {
+            return Ok(placement.clone());
+        }
+        let compute = || match &self.profile {
+            Some(profile) => search(profile, topology),
+            None => {
+                let layer = contiguous::place(self.spec.moe.router.num_experts, topology.num_ranks())?;
+                Ok(Placement::new(topology, vec![layer; self.spec.num_moe_layers()])?)
+            }
+        };
+        let computed = self.computed.get_or_init(|| compute().map_err(|e| crate::exit::message(&e)));
+        computed.clone().map_err(|message| anyhow!(message))
+    }
+}
+
+/// The search of `occult place` with its defaults: the same on every rank.
+fn search(profile: &Profile, topology: Topology) -> Result<Placement> {
+    let args = SearchArgs::default();
+    let placer = Placer::new(&args, topology, None, profile.meta().num_experts)?;
+    let holdout = Holdout::new(args.holdout, args.seed)?;
+    let layers = parallel::map_ordered(profile.num_layers(), setup::threads(None), |layer| {
+        let place = || {
+            let rows = tokens::read(profile, layer, Columns::IDS, args.max_tokens, holdout)?;
+            Ok::<_, anyhow::Error>(
+                placer.place(Method::Search, layer, &LayerInput::Tokens(&rows.train))?.placement,
+            )
+        };
+        place().with_context(|| format!("{}: layer {layer}", profile.path().display()))
+    })?;
+    Ok(Placement::new(topology, layers)?)
+}
