@@ -17,7 +17,7 @@ use crate::exit::Usage;
 use crate::model_args::LoadArgs;
 use crate::placing::{LayerInput, Placer};
 use crate::tokens::{self, Holdout};
-use crate::world::{WorldArgs, run_world};
+use crate::world::{WorldArgs, refuse_mpirun, run_world};
 use crate::{model, parallel, progress, pruning, setup};
 
 /// What travels between ranks.
@@ -90,7 +90,9 @@ pub(crate) fn with_model<T: Send>(
         (None, None) => None,
     });
     if !world.is_parallel() {
-        return spread.alone().and_then(|()| work(&model::load(load)?).map(Some));
+        refuse_mpirun()?;
+        spread.alone()?;
+        return work(&model::load(load)?).map(Some);
     }
     let spec = occult_model::hf::read_spec(&load.model)?;
     let wanted = Wanted::new(load, spread, &spec, tuned)?;
@@ -104,6 +106,7 @@ impl SpreadArgs {
     /// Options that mean something only with several ranks.
     fn alone(&self) -> Result<()> {
         let given = [
+            ("--placement", self.placement.is_some()),
             ("--place-by", self.place_by.is_some()),
             ("--mode conventional", self.mode != ModeArg::default()),
             ("--overlap", self.overlap != OverlapArg::Off),

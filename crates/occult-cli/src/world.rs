@@ -106,11 +106,9 @@ pub(crate) fn run_world<T: Send>(
     }
 }
 
-fn over_threads<T: Send>(
-    args: &WorldArgs,
-    work: impl Fn(Box<dyn Communicator>) -> Result<T> + Sync,
-) -> Result<T> {
-    // Every process would do the whole work, and overwrite the others' output.
+/// Errors where `mpirun` started several processes and nothing makes them ranks: every one would do the whole work, and
+/// overwrite the others' output.
+pub(crate) fn refuse_mpirun() -> Result<()> {
     for variable in ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"] {
         let processes = std::env::var(variable).ok().and_then(|n| n.parse::<usize>().ok()).unwrap_or(1);
         if processes > 1 {
@@ -118,6 +116,14 @@ fn over_threads<T: Send>(
             return Err(Usage(message).into());
         }
     }
+    Ok(())
+}
+
+fn over_threads<T: Send>(
+    args: &WorldArgs,
+    work: impl Fn(Box<dyn Communicator>) -> Result<T> + Sync,
+) -> Result<T> {
+    refuse_mpirun()?;
     let options = ThreadOptions { limit: args.limit(), ..ThreadOptions::default() };
     let results = run_threads(args.ranks().unwrap_or(1), &options, |comm| work(comm).map_err(Cause));
     let values = results.all().map_err(|(rank, error)| cause(rank, error))?;

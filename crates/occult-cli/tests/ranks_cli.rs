@@ -157,7 +157,7 @@ fn profiles_of_four_ranks_have_the_rows_of_one() {
     for layer in 0..one.num_layers() {
         let rows = one.num_rows(layer).expect("token rows");
         assert_eq!(four.num_rows(layer), Some(rows));
-        let read = |p: &Profile| p.read_rows(layer, 0..rows, columns).expect("rows");
+        let read = |p: &Profile| p.read_rows(layer, columns, rows).expect("rows");
         let (one, four) = (read(&one), read(&four));
         assert_eq!(one.routing.expert_ids, four.routing.expert_ids);
         assert_eq!(one.domains, four.domains);
@@ -269,7 +269,7 @@ mod mpi {
         let rows = |path: &str| {
             let profile = Profile::open(Path::new(path)).expect("a profile");
             let n = profile.num_rows(0).expect("rows");
-            profile.read_rows(0, 0..n, Columns::IDS).expect("rows").routing.expert_ids
+            profile.read_rows(0, Columns::IDS, n).expect("rows").routing.expert_ids
         };
         assert_eq!(rows(&dir.path("a")), rows(&dir.path("b")));
     }
