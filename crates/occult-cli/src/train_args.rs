@@ -73,6 +73,9 @@ pub(crate) struct TrainArgs {
     /// Passes over the data
     #[arg(long, default_value_t = 1.0, value_parser = positive, value_name = "N")]
     pub(crate) epochs: f64,
+    /// Take sequences in the order of the files instead of shuffled
+    #[arg(long)]
+    pub(crate) in_order: bool,
     /// Stop after so many steps of this call, with a checkpoint to resume
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..), value_name = "N")]
     pub(crate) stop_after: Option<u64>,

@@ -82,6 +82,9 @@ pub enum TrainError {
         /// Where to go on from.
         last_good: Option<PathBuf>,
     },
+    /// A number inside the model is NaN or infinite.
+    #[error("{0}")]
+    NotFinite(String),
     /// An error of the model.
     #[error("{what}: {source}")]
     Model {

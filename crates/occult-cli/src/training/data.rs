@@ -74,7 +74,7 @@ pub(crate) fn open(
     files: &[PathBuf],
     source: Option<u32>,
     length: usize,
-    seed: u64,
+    seed: Option<u64>,
     spec: &ModelSpec,
 ) -> Result<Data> {
     if length > spec.context_len {
@@ -86,8 +86,9 @@ pub(crate) fn open(
     let packed = Packed::new(&store, &options)?;
     let described = store.description().to_owned();
     let truncated = packed.num_truncated();
-    let loader = Loader::new(store, packed, Some(seed));
-    Ok(Data { loader, description: format!("{described}; sequences of {length}"), truncated })
+    let order = if seed.is_some() { "" } else { ", in order" };
+    let loader = Loader::new(store, packed, seed);
+    Ok(Data { loader, description: format!("{described}; sequences of {length}{order}"), truncated })
 }
 
 /// Names of domains: of each file without its extension, or of the store.

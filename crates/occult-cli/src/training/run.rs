@@ -183,12 +183,13 @@ fn train(
     }
     comm.barrier("encoding data")?;
     let store = data::build(&args.data, dir, spec, &training)?;
-    let data = data::open(&store, &args.data, None, args.length, args.seed, spec)?;
+    let seed = (!args.in_order).then_some(args.seed);
+    let data = data::open(&store, &args.data, None, args.length, seed, spec)?;
     let mut sets = vec![];
     if !args.eval_data.is_empty() {
         let store = data::build(&args.eval_data, dir, spec, &training)?;
         for (name, source) in data::domains(&args.eval_data) {
-            let held_out = data::open(&store, &args.eval_data, source, args.length, args.seed, spec)?;
+            let held_out = data::open(&store, &args.eval_data, source, args.length, seed, spec)?;
             sets.push((name, held_out.loader));
         }
     }

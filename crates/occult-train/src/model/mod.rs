@@ -108,7 +108,10 @@ pub struct MoeModel {
 }
 
 fn failed(what: &str) -> impl Fn(ModelError) -> TrainError + '_ {
-    move |e| TrainError::model(what, e)
+    move |e| match e {
+        ModelError::RouterLogit { .. } => TrainError::NotFinite(e.to_string()),
+        e => TrainError::model(what, e),
+    }
 }
 
 fn kind_of(parameters: &ModelParameters, kind: ParameterKind) -> Kind {

@@ -261,7 +261,12 @@ impl<'a> Trainer<'a> {
         let pieces = share(self.options.batch, 0, world).len().div_ceil(self.options.micro_batch);
         let mut total = BatchReport::default();
         for piece in batch.split(pieces) {
-            let report = self.model.loss_and_gradients(&piece, 1.0 / targets.max(1.0))?;
+            let report = self.model.loss_and_gradients(&piece, 1.0 / targets.max(1.0));
+            // A model whose numbers have left their range says so itself.
+            let report = report.map_err(|e| match e {
+                TrainError::NotFinite(reason) => self.diverged(reason),
+                other => other,
+            })?;
             total.loss_sum += report.loss_sum;
             for (name, value) in report.figures {
                 *total.figures.entry(name).or_default() += value;

@@ -1,0 +1,302 @@
+//! `occult pretrain` and `occult tune` on tiny models: runs, resumes, and what is refused.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn fixture(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../occult-model/tests/fixtures").join(case)
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_occult"));
+    command.args(args);
+    command
+}
+
+fn occult(args: &[&str]) -> Output {
+    command(args).output().expect("occult runs")
+}
+
+fn done(args: &[&str]) -> String {
+    let out = occult(args);
+    assert!(out.status.success(), "occult {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).expect("UTF-8")
+}
+
+fn refused(args: &[&str], code: i32) -> String {
+    let out = occult(args);
+    assert_eq!(out.status.code(), Some(code), "occult {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stderr).expect("UTF-8")
+}
+
+/// A folder with a model configuration, a tokenizer of few words, and data.
+struct Room(tempfile::TempDir);
+
+impl Room {
+    fn new() -> Self {
+        let room = Self(tempfile::tempdir().expect("a directory"));
+        fs::create_dir(room.at("config")).expect("created");
+        fs::create_dir(room.at("model")).expect("created");
+        let mut config: Value =
+            serde_json::from_slice(&fs::read(fixture("olmoe").join("config.json")).expect("read"))
+                .expect("JSON");
+        config["eos_token_id"] = 0.into();
+        let words = ["<end>", "a", "b", "c", "d", "e", "f", "g", "h"];
+        let vocab: serde_json::Map<String, Value> =
+            words.iter().zip(0..).map(|(w, i)| ((*w).to_owned(), i.into())).collect();
+        let tokenizer = serde_json::json!({
+            "version": "1.0",
+            "pre_tokenizer": { "type": "Whitespace" },
+            "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "<end>" },
+        });
+        for name in ["config", "model"] {
+            fs::write(room.0.path().join(name).join("config.json"), config.to_string()).expect("written");
+            fs::write(room.0.path().join(name).join("tokenizer.json"), tokenizer.to_string())
+                .expect("written");
+        }
+        fs::copy(fixture("olmoe").join("model.safetensors"), room.at("model/model.safetensors"))
+            .expect("copied");
+        let text: String = (0..60)
+            .map(|i| {
+                format!(
+                    "{{\"text\": \"{}\"}}\n",
+                    ["a b c d", "e f g h a", "c b a"][i % 3]
+                        .repeat(1 + i % 4)
+                        .replace("da", "d a")
+                        .replace("ae", "a e")
+                        .replace("ac", "a c")
+                )
+            })
+            .collect();
+        room.write("data.jsonl", &text);
+        room
+    }
+
+    fn at(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().expect("UTF-8").to_owned()
+    }
+
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> String {
+        fs::write(self.at(name), text).expect("written");
+        self.at(name)
+    }
+
+    /// `verb FROM --data data.jsonl -o OUT` with small sizes and `more`.
+    fn args(&self, verb: &str, out: &str, more: &[&str]) -> Vec<String> {
+        let from = self.at(if verb == "tune" { "model" } else { "config" });
+        let fixed = format!(
+            "{verb} {from} --data {} -o {} --length 8 --batch-tokens 32 --micro-batch 2 --steps 6",
+            self.at("data.jsonl"),
+            self.at(out)
+        );
+        let fixed = fixed.split(' ').map(str::to_owned);
+        fixed
+            .chain(["--checkpoint-every", "2", "--threads", "1"].map(str::to_owned))
+            .chain(more.iter().map(|s| (*s).to_owned()))
+            .collect()
+    }
+
+    fn weights(&self, out: &str) -> Vec<u8> {
+        fs::read(self.at(&format!("{out}/model.safetensors"))).expect("weights")
+    }
+
+    fn log(&self, out: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.at(&format!("{out}/training/log.jsonl"))).expect("log");
+        text.lines().map(|l| serde_json::from_str(l).expect("JSON")).collect()
+    }
+}
+
+fn strs(args: &[String]) -> Vec<&str> {
+    args.iter().map(String::as_str).collect()
+}
+
+#[test]
+fn a_pretrained_model_is_loaded_again_and_a_stopped_run_resumes_to_the_bit() {
+    let room = Room::new();
+    let eval = ["--eval-data".to_owned(), room.at("data.jsonl"), "--eval-every".to_owned(), "3".to_owned()];
+    let out = done(&strs(&[room.args("pretrain", "whole", &["--json"]), eval.to_vec()].concat()));
+    let out: Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!((out["step"].as_u64(), out["finished"].as_bool()), (Some(6), Some(true)));
+    let log = room.log("whole");
+    assert_eq!(log.len(), 6);
+    assert!(log[2]["figures"]["val_loss/data"].as_f64().is_some() && log[1]["figures"]["val_loss"].is_null());
+    assert!(
+        done(&["eval", &room.at("whole"), "--text", &room.at("data.jsonl"), "--json"]).contains("perplexity")
+    );
+    done(&strs(&room.args("pretrain", "parts", &["--stop-after", "3"])));
+    assert_ne!(room.weights("parts"), room.weights("whole"));
+    done(&strs(&room.args("pretrain", "parts", &["--resume"])));
+    assert_eq!(room.weights("parts"), room.weights("whole"));
+    assert_eq!(room.log("parts").len(), 6);
+}
+
+#[test]
+fn killed_it_resumes_to_the_bit() {
+    let room = Room::new();
+    let long = ["--steps", "300", "--checkpoint-every", "5"];
+    let args = |out: &str, more: &[&str]| {
+        let mut args = room.args("pretrain", out, more);
+        let at = args.iter().position(|a| a == "--steps").expect("steps");
+        args.drain(at..at + 2);
+        let at = args.iter().position(|a| a == "--checkpoint-every").expect("interval");
+        args.drain(at..at + 2);
+        args.extend(long.map(str::to_owned));
+        args
+    };
+    done(&strs(&args("whole", &[])));
+    for after in [1, 20, 60] {
+        let out = format!("killed{after}");
+        let mut child = command(&strs(&args(&out, &[])))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("runs");
+        // Until the log has so many lines: that is somewhere in a step or a checkpoint.
+        let log = room.at(&format!("{out}/training/log.jsonl"));
+        while child.try_wait().expect("state").is_none()
+            && fs::read_to_string(&log).map_or(0, |t| t.lines().count()) < after
+        {
+            std::thread::yield_now();
+        }
+        let _ = child.kill();
+        child.wait().expect("ended");
+        let saved = Path::new(&room.at(&out)).join("training/latest").is_file();
+        done(&strs(&args(&out, if saved { &["--resume"] } else { &[] })));
+        assert_eq!(room.weights(&out), room.weights("whole"), "killed after {after} lines");
+    }
+}
+
+#[test]
+fn tuning_over_ranks_with_a_limit_records_it() {
+    let room = Room::new();
+    let limit = ["--ranks", "4", "--max-ranks", "2", "--anneal", "0.5"];
+    done(&strs(&room.args("tune", "tuned", &limit)));
+    let notes: Value =
+        serde_json::from_slice(&fs::read(room.at("tuned/occult.json")).expect("read")).expect("JSON");
+    assert_eq!((notes["max_ranks"].as_u64(), notes["rule"].as_str()), (Some(2), Some("best-mass")));
+    let log = room.log("tuned");
+    assert_eq!(log[0]["limit"], 4);
+    assert_eq!(log[5]["limit"], 2);
+    assert!(log[5]["figures"]["C_T"].as_f64().expect("C_T") <= 2.0);
+    assert!(occult_formats::LimitFile::read(Path::new(&room.at("tuned"))).expect("read").is_some());
+    // The same placement on one rank: the same choices, sums in another order.
+    let placement = room.at("tuned/placement.json");
+    done(&strs(&room.args(
+        "tune",
+        "alone",
+        &["--placement", &placement, "--max-ranks", "2", "--anneal", "0.5"],
+    )));
+    let (a, b) = (room.log("tuned"), room.log("alone"));
+    for (a, b) in a.iter().zip(&b) {
+        let (a, b) = (a["loss"].as_f64().expect("loss"), b["loss"].as_f64().expect("loss"));
+        assert!((a - b).abs() < 1e-3, "{a} and {b}");
+    }
+    for what in ["experts", "lora"] {
+        done(&strs(&room.args("tune", what, &["--train", what, "--lora-rank", "2"])));
+        assert_ne!(room.weights(what), room.weights("model"));
+        assert!(!Path::new(&room.at(&format!("{what}/occult.json"))).exists());
+    }
+}
+
+/// The message of a run that is refused with these data.
+fn refused_data(room: &Room, file: &str) -> String {
+    let args: Vec<String> =
+        room.args("pretrain", "bad", &[]).into_iter().map(|a| a.replace("data.jsonl", file)).collect();
+    refused(&strs(&args), 1)
+}
+
+#[test]
+fn an_empty_data_file_is_refused() {
+    let room = Room::new();
+    room.write("empty.jsonl", "");
+    assert!(refused_data(&room, "empty.jsonl").contains("empty.jsonl"));
+}
+
+#[test]
+fn a_binary_data_file_is_refused() {
+    let room = Room::new();
+    room.write("binary.txt", [b'a', 0xff, 0xfe, 0, 1, 2]);
+    assert!(refused_data(&room, "binary.txt").contains("not a UTF-8 text file"));
+}
+
+#[test]
+fn a_broken_json_line_is_named() {
+    let room = Room::new();
+    room.write("broken.jsonl", "{\"text\": \"a b\"}\n{\"text\": \"a\n");
+    assert!(refused_data(&room, "broken.jsonl").contains("broken.jsonl, line 2: broken JSON"));
+}
+
+#[test]
+fn a_missing_data_file_is_named() {
+    assert!(refused_data(&Room::new(), "absent.jsonl").contains("absent.jsonl"));
+}
+
+#[test]
+fn a_placement_for_another_model_is_refused() {
+    let room = Room::new();
+    room.write(
+        "other.json",
+        r#"{"format":"occult.placement.v1","num_experts":4,"num_ranks":2,"num_nodes":1,"layer_ids":[0],"method":"x",
+            "layers":[{"layer":0,"ranks":[[0,2],[1,3]]}]}"#,
+    );
+    let message = refused(&strs(&room.args("tune", "bad", &["--placement", &room.at("other.json")])), 1);
+    assert!(message.contains("is for another model"), "{message}");
+}
+
+#[test]
+fn a_limit_that_leaves_too_few_experts_is_refused() {
+    let room = Room::new();
+    let message = refused(&strs(&room.args("tune", "bad", &["--ranks", "4", "--max-ranks", "5"])), 1);
+    assert!(message.contains("--max-ranks is 5"), "{message}");
+    let config = room.at("model/config.json");
+    let text = fs::read_to_string(&config).expect("read");
+    let mut config_of: Value = serde_json::from_str(&text).expect("JSON");
+    config_of["num_experts_per_tok"] = 5.into();
+    fs::write(&config, config_of.to_string()).expect("written");
+    let message = refused(&strs(&room.args("tune", "bad", &["--ranks", "4", "--max-ranks", "1"])), 1);
+    assert!(message.contains("a token needs 5"), "{message}");
+}
+
+#[test]
+fn a_diverging_rate_stops_with_step_and_checkpoint() {
+    let room = Room::new();
+    let more = ["--lr", "1e6", "--clip", "0", "--warm-up", "0", "--schedule", "constant"];
+    let message = refused(&strs(&room.args("tune", "bad", &more)), 1);
+    assert!(message.contains("diverged at step"), "{message}");
+    assert!(message.contains("checkpoint"), "{message}");
+}
+
+#[test]
+fn a_checkpoint_of_another_version_is_refused() {
+    let room = Room::new();
+    done(&strs(&room.args("pretrain", "old", &["--stop-after", "2"])));
+    let manifest = room.at("old/training/step-00000002/checkpoint.json");
+    let text = fs::read_to_string(&manifest).expect("read").replace("\"version\": 1", "\"version\": 99");
+    fs::write(&manifest, text).expect("written");
+    let message = refused(&strs(&room.args("pretrain", "old", &["--resume"])), 1);
+    assert!(message.contains("checkpoint format version 99"), "{message}");
+}
+
+#[test]
+fn a_run_is_neither_overwritten_nor_resumed_with_other_options() {
+    let room = Room::new();
+    done(&strs(&room.args("pretrain", "run", &["--stop-after", "2"])));
+    assert!(refused(&strs(&room.args("pretrain", "run", &[])), 1).contains("holds a run"));
+    let other = room.args("pretrain", "run", &["--resume", "--seed", "5"]);
+    assert!(refused(&strs(&other), 1).contains("another configuration"));
+    assert!(refused(&strs(&room.args("pretrain", "none", &["--resume"])), 1).contains("no run to resume"));
+}
+
+#[test]
+fn options_without_a_meaning_are_wrong_usage() {
+    let room = Room::new();
+    for more in [["--lr", "-1"], ["--lr", "nan"], ["--anneal", "2"], ["--length", "0"], ["--epochs", "0"]] {
+        refused(&strs(&room.args("pretrain", "bad", &more)), 2);
+    }
+    let long =
+        room.args("pretrain", "bad", &[]).into_iter().map(|a| if a == "8" { "4096".into() } else { a });
+    assert!(refused(&strs(&long.collect::<Vec<String>>()), 1).contains("the model's context is"));
+}
