@@ -1,7 +1,9 @@
 //! Arguments of `occult bench exchange`, `layer` and `step`.
 
 use clap::{Args, ValueEnum};
+use occult_moe::Overlap;
 
+use super::machine::Machine;
 use crate::model_args::Dtype;
 use crate::world::WorldArgs;
 
@@ -82,6 +84,16 @@ pub(crate) struct RunArgs {
     /// Steps in which no rank has more tokens use one message per peer, without a round of counts (inference)
     #[arg(long, value_name = "T", default_value_t = 64)]
     pub(crate) small_batch: usize,
+}
+
+impl RunArgs {
+    pub(crate) fn overlap(&self, machine: &Machine) -> Overlap {
+        match self.overlap {
+            OverlapArg::Off => Overlap::Off,
+            OverlapArg::On => Overlap::Chunks(self.chunks),
+            OverlapArg::Auto => Overlap::Auto(Box::new(machine.cluster.clone())),
+        }
+    }
 }
 
 /// `occult bench layer`

@@ -11,5 +11,7 @@ mod machine;
 mod measure;
 mod predict;
 mod random;
+mod report;
+mod rounds;
 mod routing;
 mod setting;
