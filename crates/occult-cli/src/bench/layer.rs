@@ -19,7 +19,7 @@ use crate::setup;
 use crate::world::run_world;
 
 pub(crate) fn run(args: &BenchLayerArgs) -> Result<()> {
-    check(&args.shape, &args.run)?;
+    check(&args.shape)?;
     let routing = routing_of(&args.shape)?;
     let outcome = run_world(&args.shape.world, |comm| {
         measure(&Setting::new(comm, &args.shape, routing.clone())?, &args.shape, &args.run)

@@ -5,6 +5,7 @@
 //! small probes on other tokens ([`machine`]), and the cost model predicts every mode from these ([`predict`]).
 
 pub(crate) mod args;
+pub(crate) mod exchange;
 mod experts;
 pub(crate) mod layer;
 mod machine;
@@ -15,3 +16,4 @@ mod report;
 mod rounds;
 mod routing;
 mod setting;
+pub(crate) mod step;

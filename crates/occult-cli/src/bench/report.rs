@@ -29,6 +29,9 @@ pub(crate) struct Outcome {
     peak_gflops: f64,
     machine: Machine,
     modes: Vec<Measured>,
+    layers: usize,
+    /// Seconds of everything but the experts and their exchange, measured alone.
+    dense: Option<(f64, Option<f64>)>,
 }
 
 impl Outcome {
@@ -50,13 +53,20 @@ impl Outcome {
             peak_gflops,
             machine,
             modes,
+            layers: 1,
+            dense: None,
         }
     }
 
-    /// Useful operations of a forward pass: the same for every mode.
+    /// Of several layers, and what else a step does.
+    pub(crate) fn with_layers(self, layers: usize, forward: f64, both: Option<f64>) -> Self {
+        Self { layers, dense: Some((forward, both)), ..self }
+    }
+
+    /// Useful operations of the experts in a forward pass: the same for every mode.
     fn flop(&self, args: &ShapeArgs) -> f64 {
         let tokens: usize = self.tokens.iter().sum();
-        2.0 * 3.0 * (tokens * self.top_k) as f64 * (args.hidden * args.ffn) as f64
+        2.0 * 3.0 * (self.layers * tokens * self.top_k) as f64 * (args.hidden * args.ffn) as f64
     }
 
     pub(crate) fn json(&self, shape: &ShapeArgs, run: &RunArgs) -> Value {
@@ -75,6 +85,9 @@ impl Outcome {
             "top_k": self.top_k,
             "dtype": format!("{:?}", run.dtype).to_lowercase(),
             "routing": self.routing,
+            "layers": self.layers,
+            "dense_forward_seconds": self.dense.map(|(forward, _)| forward),
+            "dense_forward_backward_seconds": self.dense.and_then(|(_, both)| both),
             "reps": shape.reps,
             "peak_gflops": self.peak_gflops,
             "machine": {

@@ -11,7 +11,7 @@ use occult_plan::placement::contiguous;
 use occult_plan::placement::search::{self, SearchOptions};
 use occult_plan::{Budget, LayerPlacement, Rank, RoutingBuf, Topology};
 
-use super::args::{ModeName, RunArgs, ShapeArgs};
+use super::args::{ModeName, ShapeArgs};
 use super::routing::{BenchRouting, routing};
 use crate::exit::Usage;
 
@@ -33,10 +33,7 @@ pub(crate) struct Setting {
 }
 
 /// Errors on sizes that leave nothing to do.
-pub(crate) fn check(args: &ShapeArgs, run: &RunArgs) -> Result<()> {
-    if run.chunks == 0 {
-        return Err(Usage("--chunks must be at least 1".to_owned()).into());
-    }
+pub(crate) fn check(args: &ShapeArgs) -> Result<()> {
     if args.hidden == 0 || args.ffn == 0 || args.reps == 0 || args.tokens.iter().sum::<usize>() == 0 {
         return Err(Usage("--tokens, --hidden, --ffn and --reps must be at least 1".to_owned()).into());
     }
