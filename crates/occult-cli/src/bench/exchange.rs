@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::args::{BenchExchangeArgs, ModeName, ShapeArgs};
 use super::machine::{exchange_seconds, wire};
-use super::measure::{StepSeconds, PassSeconds};
+use super::measure::{PassSeconds, StepSeconds};
 use super::predict::{Parts, forward_bytes, latency};
 use super::random::Random;
 use super::rounds::{gather, rounds};
@@ -195,9 +195,7 @@ fn all_to_all(cluster: &Cluster, size: usize) -> f64 {
 fn print_or_json(args: &ShapeArgs, outcome: &Outcome) -> Result<()> {
     let c = &outcome.cluster;
     if args.json {
-        let raw = |r: &Raw| {
-            json!({ "bytes_per_peer": r.bytes, "seconds": r.seconds, "predicted_seconds": r.predicted })
-        };
+        let raw = |r: &Raw| json!({ "bytes_per_peer": r.bytes, "seconds": r.seconds, "predicted_seconds": r.predicted });
         let layer = |l: &LayerRows| -> Value {
             json!({
                 "mode": l.mode.name(),
@@ -237,7 +235,8 @@ fn print_or_json(args: &ShapeArgs, outcome: &Outcome) -> Result<()> {
         outcome.routing,
         table.render()
     );
-    let mut table = Table::new(["rows there and back", "wire bytes", "ms", "predicted", "x", "wire", "moving"]);
+    let mut table =
+        Table::new(["rows there and back", "wire bytes", "ms", "predicted", "x", "wire", "moving"]);
     for l in &outcome.layer {
         let share = |s: f64| format!("{:.1} %", 100.0 * s / l.pass.seconds);
         table.row([

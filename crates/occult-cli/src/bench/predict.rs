@@ -43,10 +43,8 @@ pub(crate) struct Predicted {
 impl Predicted {
     /// Of several layers with other work around them.
     pub(crate) fn times(mut self, layers: usize, forward: f64, both: f64) -> Self {
-        self.bytes = WireBytes {
-            forward: self.bytes.forward * layers as u64,
-            both: self.bytes.both * layers as u64,
-        };
+        self.bytes =
+            WireBytes { forward: self.bytes.forward * layers as u64, both: self.bytes.both * layers as u64 };
         let times = |s: Seconds, more: f64| {
             let n = layers as f64;
             let (plan, moving, compute, wire) = (n * s.plan, n * s.moving, n * s.compute, n * s.wire);

@@ -182,8 +182,18 @@ impl Measured {
 
     fn pass(&self, backward: bool) -> Option<(&PassSeconds, &Seconds, u64, usize)> {
         Some(match backward {
-            false => (&self.lane.forward, &self.predicted.forward, self.lane.bytes.forward, self.lane.parts.forward),
-            true => (self.lane.both.as_ref()?, self.predicted.both.as_ref()?, self.lane.bytes.both, self.lane.parts.both),
+            false => (
+                &self.lane.forward,
+                &self.predicted.forward,
+                self.lane.bytes.forward,
+                self.lane.parts.forward,
+            ),
+            true => (
+                self.lane.both.as_ref()?,
+                self.predicted.both.as_ref()?,
+                self.lane.bytes.both,
+                self.lane.parts.both,
+            ),
         })
     }
 
