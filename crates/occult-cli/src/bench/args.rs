@@ -90,6 +90,8 @@ impl RunArgs {
     pub(crate) fn overlap(&self, machine: &Machine) -> Overlap {
         match self.overlap {
             OverlapArg::Off => Overlap::Off,
+            // Nothing to hide behind.
+            OverlapArg::Auto if machine.pooled => Overlap::Off,
             OverlapArg::On => Overlap::Chunks(self.chunks),
             OverlapArg::Auto => Overlap::Auto(Box::new(machine.cluster.clone())),
         }

@@ -6,14 +6,14 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use occult_moe::exchange::{Exchanger, Rows};
 use occult_moe::{LayerOptions, Mode, Overlap, Timers};
-use occult_plan::cost::{Cluster, Exchange, LayerShape, Link, predict};
-use occult_plan::{DispatchPlan, HomeRanks, LayerTraffic, Routing, RoutingBuf};
+use occult_plan::cost::{Cluster, Link};
+use occult_plan::{DispatchPlan, Routing, RoutingBuf};
 use serde_json::{Value, json};
 
 use super::args::{BenchExchangeArgs, ModeName, ShapeArgs};
 use super::machine::{exchange_seconds, wire};
 use super::measure::{PassSeconds, StepSeconds};
-use super::predict::{Parts, forward_bytes, latency};
+use super::predict::{Parts, forward_bytes, latency, wire_of};
 use super::random::Random;
 use super::rounds::{gather, rounds};
 use super::setting::{Setting, check, routing_of};
@@ -110,29 +110,9 @@ impl Subject {
 
     /// Seconds of the wire, and bytes that a rank packs.
     fn wire(&self, setting: &Setting, cluster: &Cluster) -> Result<(f64, f64)> {
-        let home = HomeRanks::Blocks { num_rows: self.routing.num_tokens() };
-        let traffic = LayerTraffic::measure(
-            setting.placement(self.mode),
-            setting.topology,
-            home,
-            &self.routing.view()?,
-        )?;
-        let levels = self.options.has_two_levels();
-        let kind = match self.options.mode {
-            Mode::Conventional => Exchange::PerExpert,
-            Mode::Dedup if levels => Exchange::PerNode,
-            Mode::Dedup => Exchange::PerRank,
-        };
-        let rows = match self.options.mode {
-            Mode::Conventional => traffic.rank_pairs().total(),
-            Mode::Dedup => {
-                traffic.rank_rows().total() + if levels { traffic.rank_node_rows().total() } else { 0 }
-            }
-        };
-        let shape = LayerShape::gated(setting.hidden, setting.ffn, 4.0);
-        let step = predict(cluster, &shape, &traffic, kind, None)?;
-        let packed = rows as f64 * (setting.hidden * 4) as f64 / setting.world() as f64;
-        Ok((step.forward.exchange_s() + latency(cluster, 1), packed))
+        let placement = setting.placement(self.mode);
+        let of = wire_of(setting, placement, &self.options, cluster, &self.routing)?;
+        Ok((of.forward + latency(cluster, 1), of.packed_bytes))
     }
 }
 

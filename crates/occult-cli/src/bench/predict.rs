@@ -6,7 +6,7 @@ use occult_moe::{ExpertParallelLayer, LayerOptions, Mode, TwoLevel};
 use occult_plan::cost::{Cluster, Exchange, LayerShape, predict};
 use occult_plan::{HomeRanks, LayerPlacement, LayerTraffic, Routing, RoutingBuf};
 
-use super::machine::{Machine, Rates};
+use super::machine::{Load, Machine, Rates};
 use super::setting::Setting;
 
 /// Bytes that leave their rank, all ranks together.
@@ -72,9 +72,6 @@ pub(crate) fn mode(
 ) -> Result<Predicted> {
     let options = layer.options();
     let routing = layer.decide(&setting.routing.logits)?.routing;
-    let home = HomeRanks::Blocks { num_rows: routing.num_tokens() };
-    let traffic = LayerTraffic::measure(layer.placement(), setting.topology, home, &routing.view()?)?;
-    let summary = traffic.summary();
     let small = is_small(setting, options);
     let straight = LayerOptions { two_level: TwoLevel::Off, ..options.clone() };
     let inference = if small { &straight } else { options };
@@ -83,45 +80,67 @@ pub(crate) fn mode(
         forward: forward_bytes(setting, placement, inference, &routing, parts.forward)?,
         both: all_bytes(setting, placement, options, &routing, parts.both)?,
     };
-    let levels = inference.has_two_levels();
-    let exchange = match options.mode {
-        Mode::Conventional => Exchange::PerExpert,
-        Mode::Dedup if levels => Exchange::PerNode,
-        Mode::Dedup => Exchange::PerRank,
-    };
-    let shape = LayerShape::gated(setting.hidden, setting.ffn, 4.0);
-    let step = predict(&machine.cluster, &shape, &traffic, exchange, None)?;
+    let of_wire = wire_of(setting, placement, inference, &machine.cluster, &routing)?;
+    let summary = of_wire.traffic.summary();
     let world = setting.world() as f64;
     let pairs = routing.expert_ids.len() as f64 / world;
-    let load = if machine.pooled { 1.0 } else { summary.load_max_over_mean };
-    let rows = match options.mode {
-        Mode::Conventional => traffic.rank_pairs().total(),
-        Mode::Dedup => {
-            traffic.rank_rows().total() + if levels { traffic.rank_node_rows().total() } else { 0 }
-        }
-    };
-    let row_bytes = rows as f64 * (setting.hidden * 4) as f64 / world;
-    let seconds = |rates: &Rates, wire: f64, rounds: usize, parts: usize, pairs_factor: f64| {
-        let (plan, moving) = (rates.plan_per_pair * pairs, rates.move_per_byte * row_bytes);
-        let compute = rates.compute_per_pair * pairs * load * pairs_factor;
+    let seconds = |rates: &Rates, wire: f64, rounds: usize, parts: usize| {
+        let (plan, moving) = (rates.plan_per_pair * pairs, rates.move_per_byte * of_wire.packed_bytes);
+        let load = Load::of(setting, placement, &routing, parts);
+        let compute = load.compute_seconds(rates, machine.pooled);
         let wire = wire + latency(&machine.cluster, rounds);
         let (long, short) = (wire.max(compute), wire.min(compute));
-        Seconds { total: plan + moving + long + short / parts.max(1) as f64, plan, moving, compute, wire }
+        // Ranks that share cores have nothing to hide behind: the exchange is somebody's compute.
+        let exposed = if machine.pooled { short } else { short / parts.max(1) as f64 };
+        Seconds { total: plan + moving + long + exposed, plan, moving, compute, wire }
     };
     // Unless a part's messages carry their counts, a round of counts precedes; further parts add only latency.
     let rounds =
         |parts: usize, passes: usize, counts: bool| usize::from(counts) + 2 * passes * (parts.max(1) - 1);
-    let forward = step.forward.exchange_s();
     Ok(Predicted {
         bytes,
         copies_per_token: summary.copies_per_token,
         load_max_over_mean: summary.load_max_over_mean,
-        forward: seconds(&machine.forward, forward, rounds(parts.forward, 1, !small), parts.forward, 1.0),
+        forward: seconds(&machine.forward, of_wire.forward, rounds(parts.forward, 1, !small), parts.forward),
         both: machine.both.map(|rates| {
-            let wire = forward + step.backward.exchange_s();
-            seconds(&rates, wire, rounds(parts.both, 2, true), parts.both, 1.0)
+            seconds(&rates, of_wire.forward + of_wire.backward, rounds(parts.both, 2, true), parts.both)
         }),
     })
+}
+
+/// What the exchanges of a mode carry, and how long the cost model says that takes.
+pub(crate) struct OfWire {
+    pub(crate) traffic: LayerTraffic,
+    /// Of the forward and of the backward pass.
+    pub(crate) forward: f64,
+    pub(crate) backward: f64,
+    /// Of the rows that a rank sends in one exchange (to itself, too), on average.
+    pub(crate) packed_bytes: f64,
+}
+
+/// Exchanges of the routing of all ranks' tokens.
+pub(crate) fn wire_of(
+    setting: &Setting,
+    placement: &LayerPlacement,
+    options: &LayerOptions,
+    cluster: &Cluster,
+    routing: &RoutingBuf,
+) -> Result<OfWire> {
+    let home = HomeRanks::Blocks { num_rows: routing.num_tokens() };
+    let traffic = LayerTraffic::measure(placement, setting.topology, home, &routing.view()?)?;
+    let levels = options.has_two_levels();
+    let (exchange, rows) = match options.mode {
+        Mode::Conventional => (Exchange::PerExpert, traffic.rank_pairs().total()),
+        Mode::Dedup if levels => {
+            (Exchange::PerNode, traffic.rank_rows().total() + traffic.rank_node_rows().total())
+        }
+        Mode::Dedup => (Exchange::PerRank, traffic.rank_rows().total()),
+    };
+    let shape = LayerShape::gated(setting.hidden, setting.ffn, 4.0);
+    let step = predict(cluster, &shape, &traffic, exchange, None)?;
+    let packed_bytes = rows as f64 * (setting.hidden * 4) as f64 / setting.world() as f64;
+    let (forward, backward) = (step.forward.exchange_s(), step.backward.exchange_s());
+    Ok(OfWire { traffic, forward, backward, packed_bytes })
 }
 
 /// Whether inference takes the small-batch path.
