@@ -12,6 +12,7 @@ use crate::exit;
 use crate::model_args::{
     BenchArgs, ConvertArgs, EvalArgs, GenerateArgs, LogitsArgs, PermuteArgs, ProfileArgs,
 };
+use crate::train_args::{PretrainArgs, TuneArgs};
 
 /// Makes expert-parallel Mixture-of-Experts models faster by keeping experts that work together on one device.
 #[derive(Debug, Parser)]
@@ -112,6 +113,17 @@ pub(crate) enum Command {
                             The new directory appears only when its logits agree with those of the model."
     )]
     Permute(PermuteArgs),
+    /// Train a model from random weights
+    #[command(after_help = "Example:\n  \
+                            occult pretrain models/recipe/ --data corpus/*.train.jsonl --eval-data corpus/*.val.jsonl \\\n    \
+                            --steps 3000 --batch-tokens 16384 -o model/\n\n\
+                            Stopped or killed, it goes on with the same command and --resume.")]
+    Pretrain(PretrainArgs),
+    /// Go on training a model: all of it, its experts, or low-rank updates; with a limit on the ranks a token visits
+    #[command(after_help = "Examples:\n  occult tune OLMoE-1B-7B-0924/ --data alpaca.json -o tuned/\n  \
+                            occult tune OLMoE-1B-7B-0924/ --data alpaca.json --placement placement.json --max-ranks 2 \\\n    \
+                            --train experts -o tuned/")]
+    Tune(TuneArgs),
 }
 
 #[derive(Debug, Args)]

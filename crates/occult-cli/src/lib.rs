@@ -21,6 +21,8 @@ mod pruning;
 pub mod report;
 mod setup;
 mod tokens;
+mod train_args;
+mod training;
 mod world;
 
 use std::process::ExitCode;

@@ -13,6 +13,16 @@ pub(crate) fn bar(total: u64, what: &str) -> ProgressBar {
     bar
 }
 
+/// A bar over the steps of a training run that goes on after `from` steps.
+pub(crate) fn training(steps: u64, from: u64) -> ProgressBar {
+    let bar = hidden_unless_terminal(steps);
+    let template = "step {pos}/{len} [{bar:24}] {msg}  {elapsed} elapsed, {eta} left";
+    bar.set_style(ProgressStyle::with_template(template).expect("a valid template").progress_chars("=> "));
+    bar.set_position(from);
+    bar.reset_eta();
+    bar
+}
+
 /// A bar that counts bytes; its length is set as it becomes known.
 pub(crate) fn bytes(what: &str) -> ProgressBar {
     let bar = hidden_unless_terminal(0);

@@ -48,6 +48,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 impl WorldArgs {
+    #[allow(dead_code, reason = "for the commands that run a model")]
     /// Whether more than one rank may take part: asked before the world exists, when MPI has not said its size.
     pub(crate) fn is_parallel(&self) -> bool {
         self.comm == CommKind::Mpi || self.ranks.is_some_and(|n| n > 1)
@@ -56,6 +57,11 @@ impl WorldArgs {
     /// `--ranks`, where the user gave it.
     pub(crate) fn ranks(&self) -> Option<usize> {
         self.ranks.map(usize::from)
+    }
+
+    /// Whether ranks are processes, of which every one runs the whole command.
+    pub(crate) fn is_mpi(&self) -> bool {
+        self.comm == CommKind::Mpi
     }
 
     fn limit(&self) -> Duration {

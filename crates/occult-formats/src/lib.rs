@@ -18,6 +18,7 @@ pub mod export;
 pub mod import;
 pub mod inspect;
 mod io;
+pub mod limit_file;
 mod npy;
 pub mod pickle;
 pub mod placement_file;
@@ -28,6 +29,7 @@ pub use error::{FormatError, Result};
 pub use export::{ExportFormat, ExportOptions, Exported, MapOptions, export, import_placement};
 pub use import::{ImportFormat, ImportOptions, ImportSummary, detect, import};
 pub use inspect::{Description, FileKind, describe};
+pub use limit_file::{LIMIT_FILE, LimitFile};
 pub use placement_file::{PlacementFile, PlacementMeta, write_atomic, write_atomic_with};
 pub use profile::{
     Chunk, Columns, LayerRows, Profile, ProfileMeta, ProfileWriter, RouterInfo, Scoring, Source,

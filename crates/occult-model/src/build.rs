@@ -55,7 +55,17 @@ pub(crate) fn build(
     }
     let norm = part.norm("model.norm", spec.norm_eps)?;
     let (threads, rope) = (source.threads().clone(), Rope::new(&spec.rope));
-    Ok(Decoder { spec: spec.clone(), threads, embedding, layers, norm, output, rope, parameters: None })
+    Ok(Decoder {
+        spec: spec.clone(),
+        threads,
+        embedding,
+        layers,
+        norm,
+        output,
+        rope,
+        parameters: None,
+        ranks: None,
+    })
 }
 
 struct Parts<'a>(&'a dyn Source);

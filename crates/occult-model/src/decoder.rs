@@ -12,6 +12,7 @@ use crate::layer::Layer;
 use crate::layers::{Linear, MatrixParameter, RmsNorm, Rope, View};
 use crate::moe::{RoutingObserver, RoutingRecord};
 use crate::parameters::ModelParameters;
+use crate::ranks::Ranks;
 use crate::spec::ModelSpec;
 
 /// A model with its weights, as stored or as variables, and the threads it may use.
@@ -26,6 +27,8 @@ pub struct Decoder {
     pub(crate) rope: Rope,
     /// The variables it was made from, when it is for training.
     pub(crate) parameters: Option<ModelParameters>,
+    /// Those that share its experts, when they are spread.
+    pub(crate) ranks: Option<Arc<Ranks>>,
 }
 
 /// Which logits are computed.
@@ -57,7 +60,8 @@ impl Decoder {
     ///
     /// With a cache, the batch continues the sequences in it: feeding a sequence in chunks, or token by token, gives the
     /// logits of one pass (up to the rounding of sums). Padding can only stand at the start of the first batch.
-    /// `observer` is shown the routing of every MoE layer. After an error the cache must be thrown away.
+    /// `observer` is shown the routing of every MoE layer. After an error the cache must be thrown away. Collective when
+    /// the model has [`ranks`](Self::ranks).
     pub fn forward(
         &self,
         batch: &Batch,
@@ -67,6 +71,9 @@ impl Decoder {
     ) -> Result<Tensor> {
         let (b, t) = (batch.batch_size(), batch.len());
         let (past, padding) = self.place(batch, cache.as_deref_mut())?;
+        if let Some(ranks) = &self.ranks {
+            ranks.begin(b * t)?;
+        }
         let positions: Vec<usize> =
             padding.iter().flat_map(|p| (past..past + t).map(move |i| i.saturating_sub(*p))).collect();
         let rotation = self.rope.at(&positions, b)?;

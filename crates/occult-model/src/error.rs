@@ -69,6 +69,9 @@ pub enum ModelError {
         /// Why.
         source: occult_moe::MoeError,
     },
+    /// Another rank failed or did not come.
+    #[error("{0}")]
+    Ranks(String),
     /// A kernel refused its arguments.
     #[error(transparent)]
     Kernel(#[from] occult_kernels::KernelError),

@@ -52,6 +52,7 @@ mod parameters;
 mod passes;
 mod permute;
 mod quantise;
+mod ranks;
 mod rewrite;
 mod sample;
 pub mod spec;
@@ -71,11 +72,13 @@ pub use moe::{
     ExpertWeights, LocalExperts, MoeLayer, MoeOutput, ParallelExperts, Router, RoutingObserver,
     RoutingRecord, Shared, StackedExperts,
 };
+pub use occult_kernels::ops::router::router_z_loss;
 pub use occult_kernels::{Threads, quant};
 pub use parameters::{Gradient, MakeTrainableMoe, ModelParameters, Parameter, ParameterKind};
 pub use passes::{PASS_ROWS, Pass, PassObserver, for_each_pass, passes};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use quantise::{QuantisedClass, quantise};
+pub use ranks::{MAX_PLACEMENT_DIFFERENCE, Ranks, Replaced, Spread};
 pub use rewrite::{ConvertOptions, Progress, convert};
 pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};

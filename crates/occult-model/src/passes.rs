@@ -31,6 +31,11 @@ impl Pass {
 /// and short neighbours share a pass, padded on the left to the longest of them, as long as at most a quarter of its rows
 /// is padding. Sequences and positions stay in order.
 pub fn passes(lengths: &[usize], rows: usize) -> Vec<Pass> {
+    shared_passes(lengths, rows, rows)
+}
+
+/// [`passes`] of at most `rows` rows in which several sequences make at most `share` rows.
+pub(crate) fn shared_passes(lengths: &[usize], share: usize, rows: usize) -> Vec<Pass> {
     let rows = rows.max(1);
     let mut passes = Vec::new();
     let mut from = 0;
@@ -38,7 +43,7 @@ pub fn passes(lengths: &[usize], rows: usize) -> Vec<Pass> {
         let (mut to, mut longest, mut tokens) = (from + 1, lengths[from], lengths[from]);
         while let Some(&next) = lengths.get(to) {
             let rectangle = longest.max(next) * (to + 1 - from);
-            if rectangle > rows || 4 * (tokens + next) < 3 * rectangle {
+            if rectangle > share || 4 * (tokens + next) < 3 * rectangle {
                 break;
             }
             (to, longest, tokens) = (to + 1, longest.max(next), tokens + next);
@@ -58,6 +63,10 @@ pub type PassObserver<'a> = dyn FnMut(&Pass, &RoutingRecord<'_>) -> Result<()> +
 /// Runs every sequence through the model in [`passes`] of at most `rows` rows. `observe` is called for every MoE layer of a
 /// pass, `each` at its end with the logits, `[B, T, V]` or `[B, 1, V]`, row after row. How sequences share passes changes results by the
 /// rounding of sums only.
+///
+/// On a model whose experts are spread over ranks this is collective: every rank gives the same sequences, passes are dealt
+/// out to the ranks, and rank 0 alone is shown the results. Passes of different sequences may then come to `each` in any
+/// order; `observe` sees the sequences in theirs.
 pub fn for_each_pass<S: AsRef<[u32]>>(
     model: &Decoder,
     sequences: &[S],
@@ -66,6 +75,9 @@ pub fn for_each_pass<S: AsRef<[u32]>>(
     mut observe: Option<&mut PassObserver<'_>>,
     each: &mut dyn FnMut(&Pass, &[f32]) -> Result<()>,
 ) -> Result<()> {
+    if let Some(ranks) = model.ranks() {
+        return crate::ranks::for_each_pass(model, ranks, sequences, rows, logits, observe, each);
+    }
     let lengths: Vec<usize> = sequences.iter().map(|s| s.as_ref().len()).collect();
     let mut cache = None;
     for pass in passes(&lengths, rows) {

@@ -91,6 +91,9 @@ impl Decoder {
     /// [`ModelParameters::accumulate`](crate::ModelParameters::accumulate) with the gradients.
     pub fn forward_train(&self, batch: TrainBatch<'_>, options: TrainOptions) -> Result<TrainOutput> {
         let (b, t, view, positions) = self.place_texts(batch)?;
+        if let Some(ranks) = &self.ranks {
+            ranks.begin(b * t)?;
+        }
         let rotation = self.rope.at(&positions, b)?;
         let mut x = self.embedding.rows(batch.tokens)?.reshape((b, t, self.spec.hidden_size))?;
         let (mut router_logits, mut routing) = (Vec::new(), Vec::new());

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use common::{Reference, dir};
 use occult_comm::{Communicator, ThreadOptions, run_threads};
+use occult_kernels::smm::ExpertDims;
 use occult_model::{
     Batch, IGNORE, LoadOptions, Logits, ModelError, ModelFiles, ModelParameters, MoeLayer, ParallelExperts,
     Router, Threads, TrainBatch, TrainOptions,
@@ -49,9 +50,11 @@ fn logits_are_those_of_one_process() {
                 let model = files(case).load_with(&mut |files, number| {
                     let router = files.router(number)?;
                     let layer = layer(&comm, &router)?;
+                    let spec = files.spec();
+                    let dims = ExpertDims { hidden: spec.hidden_size, intermediate: spec.moe.expert_size };
                     let held: Vec<usize> = layer.local_experts().iter().map(|&e| usize::from(e)).collect();
                     let experts = files.experts(number, &held)?;
-                    Ok(Box::new(ParallelExperts::new(layer, router, experts)?) as Box<dyn MoeLayer>)
+                    Ok(Box::new(ParallelExperts::new(layer, router, dims, experts)?) as Box<dyn MoeLayer>)
                 })?;
                 // Every rank has tokens of its own: a sequence more or less.
                 let own = &sequences[comm.rank() % sequences.len()];

@@ -9,6 +9,7 @@ pub mod data;
 mod error;
 pub mod log;
 pub mod lora;
+pub mod model;
 pub mod optim;
 pub mod random;
 pub mod schedule;

@@ -11,11 +11,13 @@ mod inspect;
 mod logits;
 mod permute;
 mod place;
+mod pretrain;
 mod profile;
 mod prune;
 mod report;
 mod stats;
 mod traffic;
+mod tune;
 
 use anyhow::Result;
 
@@ -40,5 +42,7 @@ pub(crate) fn run(command: Command) -> Result<()> {
         Command::Eval(args) => eval::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Permute(args) => permute::run(&args),
+        Command::Pretrain(args) => pretrain::run(&args),
+        Command::Tune(args) => tune::run(&args),
     }
 }

@@ -30,7 +30,7 @@ impl Perplexity {
 
 /// Scores every token of a text once, in windows of `window` inputs that do not overlap: the "rolling" rule of
 /// lm-evaluation-harness, which encodes with the tokenizer's special tokens. The first token is conditioned on `prefix` (a begin-of-text id)
-/// and is not scored without one; the last window is filled up with the tokens before it.
+/// and is not scored without one (collective when the model has ranks, with the same result on all); the last window is filled up with the tokens before it.
 pub fn perplexity(
     model: &Decoder,
     ids: &[u32],
@@ -69,5 +69,11 @@ pub fn perplexity(
         }
         Ok(())
     })?;
+    if let Some(ranks) = model.ranks() {
+        // Rank 0 has seen everything; token counts are exact in f64 up to 2^53.
+        let mut sums = [result.nll, result.tokens as f64];
+        ranks.comm().all_reduce_sum_f64("perplexity", &mut sums)?;
+        result = Perplexity { nll: sums[0], tokens: sums[1] as u64 };
+    }
     Ok(result)
 }

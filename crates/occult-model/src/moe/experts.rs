@@ -64,16 +64,22 @@ pub struct LocalExperts {
 impl LocalExperts {
     /// Weights as stored, for inference: one entry per expert, all of the same shapes.
     pub fn new(threads: &Threads, router: Router, experts: Vec<ExpertWeights>) -> Result<Self> {
-        Self::checked(threads, router, Experts::Stored(experts))
+        let found = dims_of(&experts)?;
+        Self::checked(threads, router, Experts::Stored(experts), found)
     }
 
     /// Weights as tensors, for training.
     pub fn stacked(threads: &Threads, router: Router, experts: StackedExperts) -> Result<Self> {
-        Self::checked(threads, router, Experts::Stacked(experts))
+        let found = dims_of_stacked(&experts)?;
+        Self::checked(threads, router, Experts::Stacked(experts), found)
     }
 
-    fn checked(threads: &Threads, router: Router, experts: Experts) -> Result<Self> {
-        let (found, dims) = dims_of(&experts)?;
+    fn checked(
+        threads: &Threads,
+        router: Router,
+        experts: Experts,
+        (found, dims): (usize, ExpertDims),
+    ) -> Result<Self> {
         if found != router.spec().num_experts {
             let message = format!("{found} experts for a router of {}", router.spec().num_experts);
             return Err(ModelError::request(message));
@@ -117,19 +123,18 @@ impl LocalExperts {
     }
 }
 
+/// How many experts there are, and their sizes.
+pub(super) fn dims_of_stacked(experts: &StackedExperts) -> Result<(usize, ExpertDims)> {
+    let (e, hidden, intermediate) = experts.w_down.dims3()?;
+    if experts.w_up.dims() != [e, 2 * intermediate, hidden] {
+        let message = format!("expert weights {:?} and {:?}", experts.w_up, experts.w_down);
+        return Err(ModelError::request(message));
+    }
+    Ok((e, ExpertDims { hidden, intermediate }))
+}
+
 /// How many experts there are, and their sizes, which must be equal.
-pub(super) fn dims_of(experts: &Experts) -> Result<(usize, ExpertDims)> {
-    let experts = match experts {
-        Experts::Stored(experts) => experts,
-        Experts::Stacked(experts) => {
-            let (e, hidden, intermediate) = experts.w_down.dims3()?;
-            if experts.w_up.dims() != [e, 2 * intermediate, hidden] {
-                let message = format!("expert weights {:?} and {:?}", experts.w_up, experts.w_down);
-                return Err(ModelError::request(message));
-            }
-            return Ok((e, ExpertDims { hidden, intermediate }));
-        }
-    };
+pub(super) fn dims_of(experts: &[ExpertWeights]) -> Result<(usize, ExpertDims)> {
     let Some(first) = experts.first() else {
         return Err(ModelError::request("an MoE layer without experts"));
     };

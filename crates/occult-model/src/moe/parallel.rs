@@ -1,13 +1,16 @@
 //! Routed experts spread over ranks, in the place of [`LocalExperts`](super::LocalExperts).
 
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
 use occult_kernels::smm::ExpertDims;
 use occult_moe::{ExpertParallelLayer, ExpertTensors, MoeError};
 
-use super::experts::{Experts, dims_of};
+use super::experts::{Experts, dims_of, dims_of_stacked};
 use super::{ExpertWeights, MoeLayer, MoeOutput, Router, Shared, StackedExperts};
 use crate::error::{ModelError, Result};
 use crate::layers::with_f32;
+use crate::ranks::Ranks;
 
 /// An [`ExpertParallelLayer`] with the weights of this rank's experts. Every forward and backward pass is collective.
 #[derive(Debug)]
@@ -16,21 +19,37 @@ pub struct ParallelExperts {
     router: Router,
     experts: Experts,
     dims: ExpertDims,
+    ranks: Option<Arc<Ranks>>,
 }
 
 impl ParallelExperts {
-    /// For inference: weights as stored of [`local_experts`](ExpertParallelLayer::local_experts), in that order.
-    pub fn new(layer: ExpertParallelLayer, router: Router, experts: Vec<ExpertWeights>) -> Result<Self> {
-        Self::checked(layer, router, Experts::Stored(experts))
+    /// For inference: weights as stored of [`local_experts`](ExpertParallelLayer::local_experts), in that order. `dims`: of
+    /// every expert, which a rank without any cannot read off its weights.
+    pub fn new(
+        layer: ExpertParallelLayer,
+        router: Router,
+        dims: ExpertDims,
+        experts: Vec<ExpertWeights>,
+    ) -> Result<Self> {
+        let found = if experts.is_empty() { (0, dims) } else { dims_of(&experts)? };
+        if found.1 != dims {
+            return Err(ModelError::request(format!("experts of {:?}, expected {dims:?}", found.1)));
+        }
+        Self::checked(layer, router, Experts::Stored(experts), found)
     }
 
     /// For training: the same as tensors.
     pub fn stacked(layer: ExpertParallelLayer, router: Router, experts: StackedExperts) -> Result<Self> {
-        Self::checked(layer, router, Experts::Stacked(experts))
+        let found = dims_of_stacked(&experts)?;
+        Self::checked(layer, router, Experts::Stacked(experts), found)
     }
 
-    fn checked(layer: ExpertParallelLayer, router: Router, experts: Experts) -> Result<Self> {
-        let (held, dims) = dims_of(&experts)?;
+    fn checked(
+        layer: ExpertParallelLayer,
+        router: Router,
+        experts: Experts,
+        (held, dims): (usize, ExpertDims),
+    ) -> Result<Self> {
         if held != layer.local_experts().len() || layer.router() != router.rule() {
             let message = format!(
                 "{held} experts for a rank of {}, router {:?} for {:?}",
@@ -40,7 +59,13 @@ impl ParallelExperts {
             );
             return Err(ModelError::request(message));
         }
-        Ok(Self { layer, router, experts, dims })
+        Ok(Self { layer, router, experts, dims, ranks: None })
+    }
+
+    /// Takes from `ranks` how many tokens every rank has in a step, instead of asking in every layer: `ranks` must then be
+    /// those of the [`Decoder`](crate::Decoder) (`with_ranks`).
+    pub fn with_ranks(self, ranks: Arc<Ranks>) -> Self {
+        Self { ranks: Some(ranks), ..self }
     }
 
     /// The layer, with its placement, options and timers.
@@ -58,6 +83,8 @@ impl MoeLayer for ParallelExperts {
     fn forward(&self, x: &Tensor, shared: Option<Shared<'_>>) -> Result<MoeOutput> {
         let logits = self.router.logits(x)?;
         let failed = |error| self.router.error(error, 0);
+        let step = self.ranks.as_ref().and_then(|ranks| ranks.step());
+        let step = step.as_deref();
         match &self.experts {
             Experts::Stored(_) if x.track_op() => {
                 Err(ModelError::request("experts as stored are for inference: they give no gradients"))
@@ -76,7 +103,7 @@ impl MoeLayer for ParallelExperts {
                     with_f32(&values, |logits| {
                         let meanwhile =
                             compute.as_mut().map(|c| c as &mut dyn FnMut() -> Result<(), MoeError>);
-                        self.layer.forward_inference(x, logits, self.dims, &matrices, None, meanwhile)
+                        self.layer.forward_inference(x, logits, self.dims, &matrices, step, meanwhile)
                     })
                 })??
                 .map_err(failed)?;
@@ -92,7 +119,7 @@ impl MoeLayer for ParallelExperts {
                 let mut compute = shared.map(|shared| || shared().map_err(moe_error));
                 let shared = compute.as_mut().map(|c| c as &mut dyn FnMut() -> Result<Tensor, MoeError>);
                 let experts = ExpertTensors { w_up, w_down, sinks };
-                let (y, decision) = self.layer.forward(x, &logits, experts, None, shared).map_err(failed)?;
+                let (y, decision) = self.layer.forward(x, &logits, experts, step, shared).map_err(failed)?;
                 Ok(MoeOutput { y, logits, routing: decision.routing })
             }
         }

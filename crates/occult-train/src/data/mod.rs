@@ -16,15 +16,35 @@ pub mod store;
 
 pub use encode::{Encoded, Tokenize, encode};
 pub use loader::{Batch, Loader, share};
-pub use pack::{LongDocument, PackOptions, Packed, Part};
+pub use pack::{LongDocument, PADDING, PackOptions, Packed, Part};
 pub use source::{Format, Record, Turn, for_each_record};
 pub use store::{StoreWriter, TokenStore};
 
 use crate::error::{Result, TrainError};
+use std::io::Read;
 use std::path::Path;
 
 /// The target of a position from which nothing is learned.
 pub const IGNORE: u32 = u32::MAX;
+
+/// A hash of a file's content and length.
+pub fn fingerprint(path: &Path) -> Result<u64> {
+    let failed = |e| TrainError::io("read", path, e);
+    let mut file = std::fs::File::open(path).map_err(|e| TrainError::io("open", path, e))?;
+    if path.is_dir() {
+        return Err(TrainError::data(path, None, "is a directory, expected a file"));
+    }
+    let (mut crc, mut len, mut buffer) = (crc32fast::Hasher::new(), 0u64, vec![0u8; 1 << 20]);
+    loop {
+        match file.read(&mut buffer).map_err(failed)? {
+            0 => return Ok(crate::random::key(&[len, u64::from(crc.finalize())])),
+            n => {
+                crc.update(&buffer[..n]);
+                len += n as u64;
+            }
+        }
+    }
+}
 
 /// Reads, encodes and stores files; the k-th file is source k of the store. Errors name the file and, where known, the
 /// line; a file without a document is an error.

@@ -23,6 +23,9 @@ pub struct AdamW {
     pub weight_decay: f64,
 }
 
+/// Fewer weights than this are not worth a thread.
+const SMALL: usize = 1 << 16;
+
 impl Default for AdamW {
     fn default() -> Self {
         Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 }
@@ -75,6 +78,35 @@ impl AdamW {
         Ok(())
     }
 
+    /// [`step`](Self::step) by several threads, each a run of the weights. Changes no bit.
+    pub fn step_on(
+        &self,
+        threads: usize,
+        weights: &mut [f32],
+        gradient: &[f32],
+        moments: &mut Moments,
+        rates: StepRates,
+    ) -> Result<()> {
+        let n = weights.len();
+        let each = n.div_ceil(threads.max(1)).max(SMALL);
+        if n <= each || [gradient.len(), moments.mean.len(), moments.square.len()] != [n; 3] {
+            return self.step(weights, gradient, moments, rates);
+        }
+        let parts = weights.chunks_mut(each).zip(gradient.chunks(each));
+        let parts = parts.zip(moments.mean.chunks_mut(each).zip(moments.square.chunks_mut(each)));
+        std::thread::scope(|scope| {
+            let mut parts = parts.map(|((w, g), (m, v))| move || self.apply(w, g, m, v, rates));
+            let first = parts.next();
+            parts.for_each(|part| {
+                scope.spawn(part);
+            });
+            if let Some(mut part) = first {
+                part();
+            }
+        });
+        Ok(())
+    }
+
     /// One step of the weights `[n]` with gradients `[n]`. Errors when lengths differ.
     pub fn step(
         &self,
@@ -83,18 +115,29 @@ impl AdamW {
         moments: &mut Moments,
         rates: StepRates,
     ) -> Result<()> {
-        let StepRates { step, lr, decays, gradient_scale } = rates;
         let n = weights.len();
         if [gradient.len(), moments.mean.len(), moments.square.len()] != [n; 3] {
             let (g, m) = (gradient.len(), moments.mean.len());
             return Err(TrainError::request(format!("{n} weights, {g} gradients, {m} moments")));
         }
+        self.apply(weights, gradient, &mut moments.mean, &mut moments.square, rates);
+        Ok(())
+    }
+
+    fn apply(
+        &self,
+        weights: &mut [f32],
+        gradient: &[f32],
+        mean: &mut [f32],
+        square: &mut [f32],
+        rates: StepRates,
+    ) {
+        let StepRates { step, lr, decays, gradient_scale } = rates;
         let exponent = i32::try_from(step.max(1)).unwrap_or(i32::MAX);
         let (correct1, correct2) = (1.0 - self.beta1.powi(exponent), 1.0 - self.beta2.powi(exponent));
         let keep = if decays { (1.0 - lr * self.weight_decay) as f32 } else { 1.0 };
         let (new1, beta2, new2) = ((1.0 - self.beta1) as f32, self.beta2 as f32, (1.0 - self.beta2) as f32);
         let (rate, root2, eps) = ((lr / correct1) as f32, correct2.sqrt() as f32, self.eps as f32);
-        let (mean, square) = (&mut moments.mean[..n], &mut moments.square[..n]);
         let pairs = weights.iter_mut().zip(gradient).zip(mean.iter_mut().zip(square.iter_mut()));
         for ((w, &g), (m, v)) in pairs {
             let g = g * gradient_scale;
@@ -102,7 +145,6 @@ impl AdamW {
             *v = beta2 * *v + new2 * (g * g);
             *w = keep * *w - rate * (*m / (v.sqrt() / root2 + eps));
         }
-        Ok(())
     }
 }
 

@@ -15,4 +15,4 @@ mod run;
 
 pub use guard::Guard;
 pub use model::{BatchReport, Group, ParameterInfo, Solo, TrainableModel, Visitor};
-pub use run::{Options, Outcome, Trainer};
+pub use run::{Options, Outcome, Trainer, Validation};

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::checkpoint::Kind;
 use crate::data::Batch;
-use crate::error::Result;
+use crate::error::{Result, TrainError};
 
 /// A parameter that is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +52,11 @@ pub trait TrainableModel {
     /// batch can be empty; ranks call it equally often. Gradients of experts must hold the contributions of all ranks'
     /// tokens, those of replicated parameters only this rank's.
     fn loss_and_gradients(&mut self, batch: &Batch, scale: f64) -> Result<BatchReport>;
+    /// The sum of the cross-entropies of a batch, which can be empty; no gradients.
+    fn loss(&mut self, batch: &Batch) -> Result<f64> {
+        let _ = batch;
+        Err(TrainError::request("this model has no loss without gradients"))
+    }
     /// Before a step, counted from 0: the most ranks of a token, where there is a limit.
     fn begin_step(&mut self, step: u64, limit: Option<usize>) -> Result<()> {
         let _ = (step, limit);

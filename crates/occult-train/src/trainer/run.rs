@@ -1,5 +1,6 @@
 //! Steps, checkpoints and the end of a run.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -93,6 +94,19 @@ pub struct Trainer<'a> {
     files: &'a dyn Files,
     saved: Option<PathBuf>,
     log: Option<Log>,
+    validation: Option<Validation<'a>>,
+    threads: usize,
+}
+
+/// What is measured while training: mean loss per set of held-out sequences.
+#[derive(Debug)]
+pub struct Validation<'a> {
+    /// Name and sequences of each set.
+    pub sets: Vec<(String, &'a Loader)>,
+    /// Steps between measurements; one more at the end.
+    pub every: u64,
+    /// Most sequences of a set.
+    pub sequences: usize,
 }
 
 impl<'a> Trainer<'a> {
@@ -120,8 +134,21 @@ impl<'a> Trainer<'a> {
             extra: serde_json::Value::Null,
         };
         let saved = latest(dir)?;
-        let mut new =
-            Self { model, loader, group, options, moments, state, dir: dir.into(), files, saved, log: None };
+        let (log, validation, threads) = (None, None, 1);
+        let mut new = Self {
+            model,
+            loader,
+            group,
+            options,
+            moments,
+            state,
+            dir: dir.into(),
+            files,
+            saved,
+            log,
+            validation,
+            threads,
+        };
         match (new.saved.clone(), resume) {
             (Some(path), true) => new.restore(&path)?,
             (Some(path), false) => {
@@ -146,6 +173,39 @@ impl<'a> Trainer<'a> {
         }
         new.agree("opening the log", Ok(()))?;
         Ok(new)
+    }
+
+    /// How many threads of this rank change weights at the same time. Changes no bit.
+    pub fn with_threads(self, threads: usize) -> Self {
+        Self { threads: threads.max(1), ..self }
+    }
+
+    /// Measures held-out sequences while training; the log then has `val_loss` and `val_loss/NAME` at these steps.
+    pub fn with_validation(self, validation: Validation<'a>) -> Self {
+        Self { validation: Some(validation), ..self }
+    }
+
+    /// Mean loss of the held-out sequences, in all and per set. All ranks together.
+    pub fn evaluate(&mut self) -> Result<BTreeMap<String, f64>> {
+        let mut figures = BTreeMap::new();
+        let Some(validation) = &self.validation else { return Ok(figures) };
+        let (rank, world) = (self.group.rank(), self.group.world_size());
+        let at_once = self.options.micro_batch * world;
+        let mut all = [0.0, 0.0];
+        for (name, loader) in &validation.sets {
+            let sequences = loader.packed().num_sequences().min(validation.sequences);
+            let mut sums = [0.0, 0.0];
+            for from in (0..sequences).step_by(at_once) {
+                let batch = loader.batch(from as u64, at_once.min(sequences - from), rank, world)?;
+                sums[0] += self.model.loss(&batch)?;
+                sums[1] += batch.num_targets() as f64;
+            }
+            self.group.sum_f64(&mut sums)?;
+            all = [all[0] + sums[0], all[1] + sums[1]];
+            figures.insert(format!("val_loss/{name}"), sums[0] / sums[1].max(1.0));
+        }
+        figures.insert("val_loss".into(), all[0] / all[1].max(1.0));
+        Ok(figures)
     }
 
     fn restore(&mut self, path: &Path) -> Result<()> {
@@ -243,6 +303,12 @@ impl<'a> Trainer<'a> {
         self.state.consumed += self.options.batch as u64;
         self.state.tokens += tokens as u64;
         let tokens_per_s = tokens / begun.elapsed().as_secs_f64().max(1e-9);
+        let due = self.validation.as_ref().is_some_and(|v| {
+            self.state.step.is_multiple_of(v.every.max(1)) || self.state.step == self.options.schedule.steps
+        });
+        if due {
+            total.figures.extend(self.evaluate()?);
+        }
         let entry = Entry {
             step: self.state.step,
             loss: loss.is_finite().then_some(loss),
@@ -286,11 +352,11 @@ impl<'a> Trainer<'a> {
     fn update(&mut self, lr: f64, scale: f32, step: u64) -> Result<()> {
         let infos: Vec<(f64, bool)> =
             self.model.parameters().iter().map(|p| (p.lr_scale, p.decays)).collect();
-        let (adamw, moments) = (self.options.adamw, &mut self.moments);
+        let (adamw, moments, threads) = (self.options.adamw, &mut self.moments, self.threads);
         self.model.visit(&mut |i, weights, gradient| {
             let (lr_scale, decays) = infos[i];
             let rates = StepRates { step, lr: lr * lr_scale, decays, gradient_scale: scale };
-            adamw.step(weights, gradient, &mut moments[i], rates)
+            adamw.step_on(threads, weights, gradient, &mut moments[i], rates)
         })
     }
 

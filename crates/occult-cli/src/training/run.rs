@@ -1,0 +1,307 @@
+//! From arguments to a trained model.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, bail};
+use indicatif::ProgressBar;
+use occult_comm::Communicator;
+use occult_formats::PlacementFile;
+use occult_model::hf::{ExpertLayout, TrainingDefaults, read_spec};
+use occult_model::{LoadOptions, ModelFiles, ModelSpec, StoredDtype, Threads};
+use occult_moe::PruneRule as Rule;
+use occult_train::checkpoint::DiskFiles;
+use occult_train::data::Loader;
+use occult_train::log::Entry;
+use occult_train::lora::Lora;
+use occult_train::model::{CommGroup, ExpertRanks, ModelOptions, MoeModel, Scope};
+use occult_train::optim::AdamW;
+use occult_train::schedule::{LimitSchedule, Schedule};
+use occult_train::trainer::{Guard, Options, Outcome, Trainer, Validation};
+use serde_json::json;
+
+use super::{data, output};
+use crate::args::PruneRule;
+use crate::exit::Usage;
+use crate::output::{print, print_json, seconds};
+use crate::train_args::{TrainArgs, Trained};
+use crate::world::run_world;
+use crate::{progress, setup};
+
+/// Where weights come from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Start<'a> {
+    /// Random, for the configuration in this directory.
+    Random(&'a Path),
+    /// A model directory.
+    Model(&'a Path),
+}
+
+impl<'a> Start<'a> {
+    fn dir(self) -> &'a Path {
+        match self {
+            Start::Random(dir) | Start::Model(dir) => dir,
+        }
+    }
+}
+
+/// Trains on the ranks that were asked for.
+pub(crate) fn run(start: Start<'_>, args: &TrainArgs) -> Result<()> {
+    let spec = read_spec(start.dir())?;
+    if spec.moe_layers().next().is_none() {
+        bail!("{}: has no MoE layer", start.dir().display());
+    }
+    if args.resume && !args.output.join("training").is_dir() {
+        bail!("{}: has no run to resume", args.output.display());
+    }
+    // Before ranks wait for each other: encoding can take longer than they would.
+    if !args.world.is_mpi() {
+        build(args, start.dir(), &spec, &args.output.join("training"))?;
+    }
+    let stop = interrupts()?;
+    run_world(&args.world, |comm| train(start, args, &spec, Arc::from(comm), &stop)).map(|_| ())
+}
+
+/// Set by the first interrupt; the second one ends the program at once.
+fn interrupts() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    #[cfg(unix)]
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, stop.clone())
+            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
+            .context("setting an interrupt handler")?;
+    }
+    Ok(stop)
+}
+
+/// The placement of the options, or equal runs over the ranks.
+fn ranks(args: &TrainArgs, spec: &ModelSpec, comm: Arc<dyn Communicator>) -> Result<ExpertRanks> {
+    let layers = spec.moe_layers().count();
+    let rule = match args.rule {
+        PruneRule::RouterScore => Rule::RouterScore,
+        PruneRule::BestMass => Rule::BestMass,
+        PruneRule::Similarity => {
+            return Err(Usage(
+                "--rule similarity needs a table of similar experts, which training does not have; \
+                              choose best-mass or router-score"
+                    .into(),
+            )
+            .into());
+        }
+    };
+    let ranks = match &args.placement {
+        None => ExpertRanks::contiguous(comm, layers, spec.moe.router.num_experts)?,
+        Some(path) => {
+            let file = PlacementFile::read(path)?;
+            file.check_against(&crate::model::profile_meta(spec, String::new()))
+                .with_context(|| format!("{}: is for another model", path.display()))?;
+            let placement = &file.placement;
+            ExpertRanks::placed(comm, placement.topology(), placement.layers().to_vec(), rule)?
+        }
+    };
+    let ranks = ranks.with_keep_mass(args.keep_mass);
+    if let Some(max) = args.max_ranks {
+        let num_ranks = ranks.topology().num_ranks();
+        if max > num_ranks {
+            bail!("--max-ranks is {max}, the placement has {num_ranks} ranks");
+        }
+        ranks.check_limit(max, &spec.moe.router).context("--max-ranks")?;
+    }
+    Ok(ranks)
+}
+
+fn options(
+    args: &TrainArgs,
+    start: Start<'_>,
+    ranks: &ExpertRanks,
+    loader: &Loader,
+    data: String,
+) -> Result<Options> {
+    let batch = (args.batch_tokens / args.length).max(1);
+    let sequences = loader.packed().num_sequences() as f64;
+    let steps = args.steps.unwrap_or_else(|| ((sequences * args.epochs / batch as f64).ceil() as u64).max(1));
+    let warm_up = args.warm_up.unwrap_or(steps.div_ceil(50)).min(steps);
+    let peak = args.lr.unwrap_or(match start {
+        Start::Random(_) => 1e-3,
+        Start::Model(_) => 1e-4,
+    });
+    let limit = args.max_ranks.map(|target| LimitSchedule {
+        ranks: ranks.topology().num_ranks(),
+        target,
+        steps,
+        fraction: args.anneal,
+    });
+    Ok(Options {
+        schedule: Schedule { peak, steps, warm_up, decay: args.schedule.decay(), final_ratio: args.final_lr },
+        adamw: AdamW { weight_decay: args.weight_decay, ..AdamW::default() },
+        max_norm: (args.clip > 0.0).then_some(args.clip),
+        limit,
+        batch,
+        seed: args.seed,
+        data,
+        micro_batch: args.micro_batch,
+        checkpoint_every: args.checkpoint_every,
+        keep: args.keep,
+        guard: Guard { factor: args.diverged_above, ..Guard::default() },
+    })
+}
+
+fn model_options(args: &TrainArgs, defaults: TrainingDefaults) -> ModelOptions {
+    ModelOptions {
+        scope: match args.trained {
+            Trained::All => Scope::All,
+            Trained::Experts => Scope::Experts,
+            Trained::Lora => {
+                Scope::Lora(Lora { rank: args.lora_rank, alpha: args.lora_alpha, rank_stabilised: false })
+            }
+        },
+        balance: defaults.balance,
+        balance_coefficient: args.aux_loss.unwrap_or(defaults.balance_coefficient),
+        router_z_coefficient: args.router_z_loss,
+        z_coefficient: args.z_loss as f32,
+        recompute: args.recompute,
+        seed: args.seed,
+    }
+}
+
+fn train(
+    start: Start<'_>,
+    args: &TrainArgs,
+    spec: &ModelSpec,
+    comm: Arc<dyn Communicator>,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let begun = std::time::Instant::now();
+    let lead = comm.rank() == 0;
+    let dir = start.dir();
+    let training = args.output.join("training");
+    let ranks = ranks(args, spec, comm.clone())?;
+    // Rank 0 encodes; the others open what it has left.
+    if lead {
+        build(args, dir, spec, &training)?;
+    }
+    comm.barrier("encoding data")?;
+    let store = data::build(&args.data, dir, spec, &training)?;
+    let data = data::open(&store, &args.data, None, args.length, args.seed, spec)?;
+    let mut sets = vec![];
+    if !args.eval_data.is_empty() {
+        let store = data::build(&args.eval_data, dir, spec, &training)?;
+        for (name, source) in data::domains(&args.eval_data) {
+            let held_out = data::open(&store, &args.eval_data, source, args.length, args.seed, spec)?;
+            sets.push((name, held_out.loader));
+        }
+    }
+    if lead && data.truncated > 0 {
+        eprintln!("occult: {} documents are longer than --length and lose their end", data.truncated);
+    }
+
+    let defaults = TrainingDefaults::read(dir)?;
+    let how = model_options(args, defaults);
+    let description =
+        format!("{}; {}", data.description, json!([args.trained_text(), how.balance_coefficient]));
+    let options = options(args, start, &ranks, &data.loader, description)?;
+    let here = comm.host_of_rank();
+    let sharing = here.iter().filter(|host| **host == here[comm.rank()]).count();
+    let threads = Threads::new((setup::threads(args.threads) / sharing).max(1));
+    let spinner = progress::spinner("making the model");
+    let (mut model, layout, dtype) = match start {
+        Start::Random(_) => {
+            let range = defaults.initializer_range;
+            let model = MoeModel::random(spec, &threads, range, ranks, how)?;
+            (model, ExpertLayout::PerExpert, StoredDtype::Bf16)
+        }
+        Start::Model(dir) => {
+            let files = ModelFiles::open(dir, LoadOptions { dtype: None, threads: Some(threads.clone()) })?;
+            let layout = files.names().layout;
+            let dtype = stored_dtype(&files);
+            (MoeModel::read(&files, ranks, how)?, layout, dtype)
+        }
+    };
+    spinner.finish_and_clear();
+    let dtype = args.dtype.map_or(dtype, |d| d.stored());
+
+    let group = CommGroup(comm.clone());
+    let steps = options.schedule.steps;
+    let mut trainer =
+        Trainer::new(&mut model, &data.loader, &group, options, &training, &DiskFiles, args.resume)?
+            .with_threads(threads.count());
+    if !sets.is_empty() {
+        trainer = trainer.with_validation(Validation {
+            sets: sets.iter().map(|(name, loader)| (name.clone(), loader)).collect(),
+            every: args.eval_every,
+            sequences: args.eval_sequences,
+        });
+    }
+    let from = trainer.state().step;
+    let bar = if lead { progress::training(steps, from) } else { ProgressBar::hidden() };
+    let mut last = None;
+    let outcome = trainer.run(stop, &mut |entry| {
+        show(&bar, entry);
+        if args.stop_after.is_some_and(|n| entry.step >= from + n) {
+            stop.store(true, Ordering::Relaxed);
+        }
+        last = Some(entry.clone());
+    })?;
+    let state = trainer.state().clone();
+    bar.finish_and_clear();
+
+    let (finished, checkpoint) = match outcome {
+        Outcome::Finished(path) => (true, path),
+        Outcome::Stopped(path) => (false, path),
+    };
+    if lead {
+        output::configuration(dir, &args.output, dtype)?;
+        output::limit(&args.output, model.ranks(), spec, args)?;
+    }
+    model.write(&args.output, layout, dtype)?;
+    comm.barrier("writing the model")?;
+    if !lead {
+        return Ok(());
+    }
+    let took = begun.elapsed().as_secs_f64();
+    let val = |e: &Entry| e.figures.get("val_loss").copied();
+    if args.json {
+        return print_json(&json!({
+            "model": args.output, "finished": finished, "step": state.step, "tokens": state.tokens,
+            "loss": last.as_ref().and_then(|e| e.loss), "val_loss": last.as_ref().and_then(val),
+            "checkpoint": checkpoint, "seconds": took,
+        }));
+    }
+    let loss = last.as_ref().and_then(|e| e.loss).map_or_else(String::new, |l| format!(", loss {l:.4}"));
+    let rest = if finished { String::new() } else { format!("; stopped, go on with --resume") };
+    print(&format!(
+        "{} steps, {} tokens{loss}, {}: {}{rest}\n",
+        state.step,
+        state.tokens,
+        seconds(took),
+        args.output.display()
+    ))
+}
+
+/// Encodes all data files under the output directory.
+fn build(args: &TrainArgs, model: &Path, spec: &ModelSpec, cache: &Path) -> Result<()> {
+    data::build(&args.data, model, spec, cache)?;
+    if !args.eval_data.is_empty() {
+        data::build(&args.eval_data, model, spec, cache)?;
+    }
+    Ok(())
+}
+
+fn show(bar: &ProgressBar, entry: &Entry) {
+    let mut text = entry.loss.map_or_else(|| "loss ?".to_owned(), |l| format!("loss {l:.3}"));
+    text += &format!("  {:.0} tokens/s", entry.tokens_per_s);
+    for (name, label) in [("C_T", "C_T"), ("rank_load", "load"), ("val_loss", "val")] {
+        if let Some(value) = entry.figures.get(name) {
+            text += &format!("  {label} {value:.2}");
+        }
+    }
+    bar.set_message(text);
+    bar.set_position(entry.step);
+}
+
+/// The format of the embedding table, that of the whole model mostly.
+fn stored_dtype(files: &ModelFiles) -> StoredDtype {
+    let table = files.checkpoint().weight("model.embed_tokens.weight");
+    table.map_or(StoredDtype::F32, |w| w.dtype())
+}

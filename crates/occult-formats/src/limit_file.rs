@@ -1,0 +1,105 @@
+//! `occult.json` in a model directory: the limit on the ranks a token visits that the model was tuned with.
+//!
+//! ```json
+//! { "format": "occult.limit.v1", "placement": "placement.json", "max_ranks": 2, "rule": "best-mass", "keep_mass": null }
+//! ```
+//! Other programs do not read it: for them the directory is the model without a limit.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{FormatError, Result};
+use crate::placement_file::{PlacementFile, write_atomic};
+
+/// The value of `format`.
+pub const LIMIT_FORMAT: &str = "occult.limit.v1";
+/// The file's name in a model directory.
+pub const LIMIT_FILE: &str = "occult.json";
+
+/// What a model was tuned with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LimitFile {
+    format: String,
+    /// File name of the placement in the same directory.
+    pub placement: String,
+    /// Most ranks of a token; absent: no limit.
+    pub max_ranks: Option<usize>,
+    /// How ranks and replacements are chosen: `best-mass` or `router-score`.
+    pub rule: String,
+    /// Adaptive: the share of the routing mass that the fewest ranks must keep.
+    #[serde(default)]
+    pub keep_mass: Option<f64>,
+}
+
+impl LimitFile {
+    /// A description for a placement that lies in the same directory under this name.
+    pub fn new(placement: &str, max_ranks: Option<usize>, rule: &str, keep_mass: Option<f64>) -> Self {
+        let (format, placement, rule) = (LIMIT_FORMAT.into(), placement.into(), rule.into());
+        Self { format, placement, max_ranks, rule, keep_mass }
+    }
+
+    /// Reads what a model directory says, with its placement; `None` where it says nothing.
+    pub fn read(model: &Path) -> Result<Option<(Self, PlacementFile)>> {
+        let path = model.join(LIMIT_FILE);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let bytes = std::fs::read(&path).map_err(|e| FormatError::io("read", &path, e))?;
+        let file: Self =
+            serde_json::from_slice(&bytes).map_err(|e| FormatError::bad(&path, "", e.to_string()))?;
+        if file.format != LIMIT_FORMAT {
+            let message = format!("format is {:?}, expected {LIMIT_FORMAT:?}", file.format);
+            return Err(FormatError::bad(&path, "", message));
+        }
+        let name = PathBuf::from(&file.placement);
+        if name.components().count() != 1 || name.file_name().is_none() {
+            let message = format!("placement is {:?}, expected a file name", file.placement);
+            return Err(FormatError::bad(&path, "", message));
+        }
+        let placement = PlacementFile::read(&model.join(name))?;
+        let ranks = placement.placement.topology().num_ranks();
+        if let Some(max) = file.max_ranks.filter(|&n| n == 0 || n > ranks) {
+            let message = format!("max_ranks is {max}, the placement has {ranks} ranks");
+            return Err(FormatError::bad(&path, "", message));
+        }
+        Ok(Some((file, placement)))
+    }
+
+    /// Writes it into a model directory.
+    pub fn write(&self, model: &Path) -> Result<()> {
+        let path = model.join(LIMIT_FILE);
+        let text = serde_json::to_vec_pretty(self).map_err(|e| FormatError::bad(&path, "", e.to_string()))?;
+        write_atomic(&path, &text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::placement_file::PlacementMeta;
+    use occult_plan::{LayerPlacement, Placement, Topology};
+
+    #[test]
+    fn it_comes_back_and_nonsense_is_refused() {
+        let dir = tempfile::tempdir().expect("directory");
+        assert_eq!(LimitFile::read(dir.path()).expect("nothing"), None);
+        let layer = LayerPlacement::from_expert_ranks(2, &[0, 1, 0, 1]).expect("layer");
+        let placement = Placement::new(Topology::flat(2).expect("topology"), vec![layer]).expect("placement");
+        let meta = PlacementMeta { layer_ids: vec![0], method: "test".into(), ..PlacementMeta::default() };
+        let placement = PlacementFile::new(meta, placement).expect("file");
+        placement.write(&dir.path().join("placement.json")).expect("written");
+        let file = LimitFile::new("placement.json", Some(1), "best-mass", None);
+        file.write(dir.path()).expect("written");
+        assert_eq!(LimitFile::read(dir.path()).expect("read"), Some((file.clone(), placement)));
+        for (bad, message) in [
+            (LimitFile { max_ranks: Some(3), ..file.clone() }, "max_ranks is 3"),
+            (LimitFile { placement: "../placement.json".into(), ..file.clone() }, "expected a file name"),
+            (LimitFile { format: "other".into(), ..file.clone() }, "format is"),
+        ] {
+            bad.write(dir.path()).expect("written");
+            let error = LimitFile::read(dir.path()).expect_err("refused").to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The routed experts of a layer in training: limited by the placement's ranks, computed on those there are.
+
+use candle_core::Tensor;
+use occult_model::{ModelError, ModelParameters, MoeLayer, MoeOutput, Router, StackedExperts, Threads};
+use occult_moe::{ExpertParallelLayer, ExpertTensors, MoeError, PruneRule};
+use occult_plan::{Budget, LayerPlacement, RoutingBuf, Topology, prune};
+
+use crate::error::{Result, TrainError};
+use crate::model::ranks::ExpertRanks;
+
+type Shared<'a> = &'a mut dyn FnMut() -> occult_model::Result<Tensor>;
+
+/// The limit on the ranks a token visits.
+#[derive(Debug, Clone)]
+struct Limit {
+    placement: LayerPlacement,
+    topology: Topology,
+    rule: PruneRule,
+    budget: Budget,
+}
+
+/// Chooses and limits by the placement, computes on the ranks of the communicator.
+#[derive(Debug)]
+pub(super) struct TrainedExperts {
+    number: usize,
+    router: Router,
+    experts: StackedExperts,
+    layer: ExpertParallelLayer,
+    limit: Option<Limit>,
+}
+
+impl TrainedExperts {
+    /// The layer of the model's number `number`, which is MoE layer `moe_layer`.
+    pub(super) fn new(
+        parameters: &ModelParameters,
+        number: usize,
+        moe_layer: usize,
+        ranks: &ExpertRanks,
+        threads: &Threads,
+        max_ranks: Option<usize>,
+    ) -> Result<Self> {
+        let failed = |e: MoeError| TrainError::model(format!("layer {number}"), e);
+        let router = parameters.router(number).map_err(|e| TrainError::model("a router", e))?;
+        let experts = parameters.experts(number).map_err(|e| TrainError::model("experts", e))?;
+        let layer = ExpertParallelLayer::new(
+            ranks.comm().clone(),
+            router.rule().clone(),
+            ranks.computed(moe_layer)?,
+            ranks.layer_options()?,
+            threads.clone(),
+        )
+        .map_err(failed)?;
+        let limit = match max_ranks.filter(|&n| n < ranks.topology().num_ranks()) {
+            None => None,
+            Some(n) => Some(Limit {
+                placement: ranks.layer(moe_layer)?.clone(),
+                topology: ranks.topology(),
+                rule: ranks.rule().clone(),
+                budget: ranks.budget(n),
+            }),
+        };
+        Ok(Self { number, router, experts, layer, limit })
+    }
+
+    fn decide(&self, logits: &Tensor) -> occult_model::Result<RoutingBuf> {
+        let mut routing = self.router.choose(logits)?;
+        let Some(Limit { placement, topology, rule, budget }) = &self.limit else { return Ok(routing) };
+        let failed = |source: MoeError| ModelError::Moe { layer: self.number, source };
+        let rule = match rule {
+            PruneRule::RouterScore => occult_plan::Rule::RouterScore,
+            PruneRule::Similarity(table) => occult_plan::Rule::Similarity(table),
+            PruneRule::BestMass => occult_plan::Rule::BestMass,
+        };
+        let view = routing.view().map_err(|e| failed(e.into()))?;
+        let pruned = prune(&view, placement, *topology, rule, *budget, &self.router.rule().rule);
+        routing.expert_ids = pruned.map_err(|e| failed(e.into()))?.routing.expert_ids;
+        Ok(routing)
+    }
+}
+
+impl MoeLayer for TrainedExperts {
+    fn forward(&self, x: &Tensor, shared: Option<Shared<'_>>) -> occult_model::Result<MoeOutput> {
+        let failed = |source: MoeError| ModelError::Moe { layer: self.number, source };
+        let logits = self.router.logits(x)?.contiguous()?;
+        let mut routing = self.decide(&logits)?;
+        let weights = self.router.weights(&logits, &routing)?;
+        routing.weights = Some(weights.detach().flatten_all()?.to_vec1()?);
+        let StackedExperts { w_up, w_down, sinks } = &self.experts;
+        let experts = ExpertTensors { w_up, w_down, sinks: sinks.as_ref().map(|[up, down]| [up, down]) };
+        let mut compute =
+            shared.map(|shared| || shared().map_err(|e| MoeError::Tensor(candle_core::Error::wrap(e))));
+        let shared = compute.as_mut().map(|c| c as &mut dyn FnMut() -> occult_moe::Result<Tensor>);
+        let y = self.layer.forward_routed(x, &routing, &weights, experts, None, shared).map_err(failed)?;
+        Ok(MoeOutput { y, logits, routing })
+    }
+}

@@ -1,0 +1,475 @@
+//! The real model under the trainer: [`MoeModel`] is a decoder with its parameters, the losses and the ranks.
+
+mod adapter;
+mod experts;
+mod figures;
+mod in_place;
+mod ranks;
+mod write;
+
+pub use ranks::{CommGroup, ExpertRanks};
+
+use std::borrow::Cow;
+
+use candle_core::Tensor;
+use occult_model::hf::BalanceLoss;
+use occult_model::{
+    Decoder, ModelError, ModelFiles, ModelParameters, ModelSpec, Parameter, ParameterKind, Threads,
+    TrainBatch, TrainOptions, TrainOutput,
+};
+
+use crate::checkpoint::Kind;
+use crate::data::{Batch, IGNORE, PADDING};
+use crate::error::{Result, TrainError};
+use crate::lora::Lora;
+use crate::random::hash_bytes;
+use crate::trainer::{BatchReport, ParameterInfo, TrainableModel, Visitor};
+use adapter::Adapter;
+use experts::TrainedExperts;
+use in_place::in_place;
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scope {
+    /// Everything.
+    All,
+    /// The routed experts; the rest is frozen, as in the paper.
+    Experts,
+    /// Low-rank updates of attention, shared experts, dense networks and routed experts.
+    Lora(Lora),
+}
+
+impl Scope {
+    fn trains(self, kind: ParameterKind) -> bool {
+        match self {
+            Scope::All => true,
+            Scope::Experts => matches!(kind, ParameterKind::Experts { .. }),
+            Scope::Lora(_) => matches!(kind, ParameterKind::Experts { .. } | ParameterKind::Matrix),
+        }
+    }
+}
+
+/// How a model is trained.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ModelOptions {
+    /// What is trained.
+    pub scope: Scope,
+    /// Which loss keeps experts evenly used.
+    pub balance: BalanceLoss,
+    /// Its coefficient; 0 for none.
+    pub balance_coefficient: f64,
+    /// Coefficient of the router's z-loss, a mean over tokens and layers; 0 for none.
+    pub router_z_coefficient: f64,
+    /// Coefficient of the z-loss of the output's softmax; 0 for none. The reported loss then contains it.
+    pub z_coefficient: f32,
+    /// Compute layers again in the backward pass instead of keeping their insides.
+    pub recompute: bool,
+    /// Seed of whatever begins at random.
+    pub seed: u64,
+}
+
+impl Default for ModelOptions {
+    fn default() -> Self {
+        Self {
+            scope: Scope::All,
+            balance: BalanceLoss::AllLayers,
+            balance_coefficient: 0.01,
+            router_z_coefficient: 0.0,
+            z_coefficient: 0.0,
+            recompute: false,
+            seed: 0,
+        }
+    }
+}
+
+/// Something that has weights, gradients and moments of its own.
+#[derive(Debug)]
+enum Slot {
+    /// A parameter of the model, by its place in the list.
+    Whole { parameter: usize, gradient: Option<Tensor> },
+    /// A or B of an adapter.
+    Factor { adapter: usize, is_b: bool },
+}
+
+/// A decoder that can be trained, on one rank of a group.
+#[derive(Debug)]
+pub struct MoeModel {
+    parameters: ModelParameters,
+    decoder: Decoder,
+    threads: Threads,
+    ranks: ExpertRanks,
+    options: ModelOptions,
+    limit: Option<usize>,
+    infos: Vec<ParameterInfo>,
+    slots: Vec<Slot>,
+    adapters: Vec<Adapter>,
+    /// Whether gradients have been taken from the parameters since the last backward pass.
+    collected: bool,
+}
+
+fn failed(what: &str) -> impl Fn(ModelError) -> TrainError + '_ {
+    move |e| TrainError::model(what, e)
+}
+
+fn kind_of(parameters: &ModelParameters, kind: ParameterKind) -> Kind {
+    match kind {
+        ParameterKind::Experts { layer } => {
+            Kind::Experts(parameters.experts_of(layer).iter().map(|&e| e as u32).collect())
+        }
+        _ => Kind::Replicated,
+    }
+}
+
+impl MoeModel {
+    /// A model that goes on from a checkpoint's weights; each rank reads its own experts.
+    pub fn read(files: &ModelFiles, ranks: ExpertRanks, options: ModelOptions) -> Result<Self> {
+        let held = held(files.spec(), &ranks)?;
+        let trains = |_: &str, kind| options.scope.trains(kind);
+        let parameters = ModelParameters::read(files, Some(&|layer| held[layer].clone()), &trains);
+        Self::new(parameters.map_err(failed("reading the model"))?, files.threads(), ranks, options)
+    }
+
+    /// A model of random weights, the same for any number of ranks. `initializer_range`: their standard deviation.
+    pub fn random(
+        spec: &ModelSpec,
+        threads: &Threads,
+        initializer_range: f64,
+        ranks: ExpertRanks,
+        options: ModelOptions,
+    ) -> Result<Self> {
+        let held = held(spec, &ranks)?;
+        let trains = |_: &str, kind| options.scope.trains(kind);
+        let experts: &dyn Fn(usize) -> Vec<usize> = &|layer| held[layer].clone();
+        let parameters =
+            ModelParameters::random(spec, threads, options.seed, initializer_range, Some(experts), &trains);
+        Self::new(parameters.map_err(failed("making the model"))?, threads, ranks, options)
+    }
+
+    fn new(
+        parameters: ModelParameters,
+        threads: &Threads,
+        ranks: ExpertRanks,
+        options: ModelOptions,
+    ) -> Result<Self> {
+        let (mut infos, mut slots, mut adapters) = (vec![], vec![], vec![]);
+        for (parameter, p) in parameters.iter().enumerate().filter(|(_, p)| p.is_trained()) {
+            let (name, shape) = (p.name().to_owned(), p.var().dims().to_vec());
+            let kind = kind_of(&parameters, p.kind());
+            let decays = !matches!(p.kind(), ParameterKind::Norm | ParameterKind::Bias);
+            let info = ParameterInfo { name, shape, kind, decays, lr_scale: 1.0 };
+            let Scope::Lora(lora) = options.scope else {
+                infos.push(info);
+                slots.push(Slot::Whole { parameter, gradient: None });
+                continue;
+            };
+            let adapter = Adapter::new(parameter, p, &info, lora, options.seed)?;
+            for is_b in [false, true] {
+                infos.push(adapter.info(&info, is_b));
+                slots.push(Slot::Factor { adapter: adapters.len(), is_b });
+            }
+            adapters.push(adapter);
+        }
+        if infos.is_empty() {
+            return Err(TrainError::request("nothing of the model would be trained"));
+        }
+        let decoder = decoder(&parameters, threads, &ranks, None)?;
+        let threads = threads.clone();
+        Ok(Self {
+            parameters,
+            decoder,
+            threads,
+            ranks,
+            options,
+            limit: None,
+            infos,
+            slots,
+            adapters,
+            collected: false,
+        })
+    }
+
+    /// The parameters that this rank holds.
+    pub fn model(&self) -> &ModelParameters {
+        &self.parameters
+    }
+
+    /// The model as it computes now, with the limit.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// The ranks.
+    pub fn ranks(&self) -> &ExpertRanks {
+        &self.ranks
+    }
+
+    fn parameter(&self, index: usize) -> &Parameter {
+        &self.parameters.iter().as_slice()[index]
+    }
+
+    /// Sets the most ranks a token visits; `None` for no limit.
+    pub fn set_limit(&mut self, limit: Option<usize>) -> Result<()> {
+        if limit != self.limit {
+            self.decoder = decoder(&self.parameters, &self.threads, &self.ranks, limit)?;
+            self.limit = limit;
+        }
+        Ok(())
+    }
+
+    fn forward(&self, batch: &Batch) -> Result<TrainOutput> {
+        let batch = TrainBatch {
+            num_sequences: batch.num_sequences,
+            tokens: &batch.tokens,
+            targets: &batch.targets,
+            segments: Some(&batch.segments),
+        };
+        let options = TrainOptions { recompute: self.options.recompute, z_loss: self.options.z_coefficient };
+        self.decoder.forward_train(batch, options).map_err(failed("forward pass"))
+    }
+
+    /// The loss to go backward from, and the values of its auxiliary parts.
+    fn total_loss(
+        &self,
+        out: &TrainOutput,
+        batch: &Batch,
+        is_token: Option<&[bool]>,
+        scale: f64,
+    ) -> candle_core::Result<(Tensor, Vec<(&'static str, f64)>)> {
+        let mut total = (&out.loss * scale)?;
+        let mut parts = vec![];
+        // Auxiliary losses are means: they count by the batch's share of the targets of the step.
+        let share = out.num_targets as f64 * scale;
+        let ModelOptions { balance, balance_coefficient, router_z_coefficient, .. } = self.options;
+        if balance_coefficient > 0.0 && !out.router_logits.is_empty() {
+            let loss = out.balance_loss(balance, batch.num_sequences, is_token);
+            let loss = loss.map_err(candle_core::Error::wrap)?;
+            parts.push(("aux_loss", f64::from(loss.to_scalar::<f32>()?)));
+            total = (total + (loss * (share * balance_coefficient))?)?;
+        }
+        if router_z_coefficient > 0.0 && !out.router_logits.is_empty() {
+            let mut sum = None;
+            for logits in &out.router_logits {
+                let loss = occult_model::router_z_loss(logits, is_token)?;
+                sum = Some(match sum {
+                    None => loss,
+                    Some(sum) => (sum + loss)?,
+                });
+            }
+            if let Some(sum) = sum {
+                let mean = (sum / out.router_logits.len() as f64)?;
+                parts.push(("router_z_loss", f64::from(mean.to_scalar::<f32>()?)));
+                total = (total + (mean * (share * router_z_coefficient))?)?;
+            }
+        }
+        Ok((total, parts))
+    }
+
+    /// Takes the gradients of all backward passes since the last time.
+    fn collect(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.collected, true) {
+            return Ok(());
+        }
+        let list = self.parameters.iter().as_slice();
+        let take = |index: usize| {
+            let p = &list[index];
+            let gradient = p.take_gradient().map_err(failed("taking a gradient"))?;
+            let gradient = match gradient {
+                Some(g) => g.contiguous(),
+                None => p.var().zeros_like(),
+            };
+            gradient.map_err(|e| TrainError::model("taking a gradient", e))
+        };
+        for slot in &mut self.slots {
+            if let Slot::Whole { parameter, gradient } = slot {
+                *gradient = Some(take(*parameter)?);
+            }
+        }
+        for adapter in &mut self.adapters {
+            adapter.differentiate(&take(adapter.parameter)?)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the merged weights of all adapters into the model.
+    fn merge(&self) -> Result<()> {
+        self.adapters.iter().try_for_each(|a| {
+            in_place(self.parameter(a.parameter).var().as_tensor(), &mut |w| {
+                a.merge_into(w);
+                Ok(())
+            })
+        })
+    }
+}
+
+/// Experts of every layer of the model that this rank computes, ascending.
+fn held(spec: &ModelSpec, ranks: &ExpertRanks) -> Result<Vec<Vec<usize>>> {
+    let (layers, found) = (spec.moe_layers().count(), ranks.layers().len());
+    if layers != found {
+        let message = format!("a placement of {found} MoE layers, the model has {layers}");
+        return Err(TrainError::request(message));
+    }
+    let mut held = vec![vec![]; spec.layers.len()];
+    for (moe_layer, number) in spec.moe_layers().enumerate() {
+        let placement = ranks.computed(moe_layer)?;
+        if placement.num_experts() != spec.moe.router.num_experts {
+            let (found, expected) = (placement.num_experts(), spec.moe.router.num_experts);
+            let message = format!("a placement of {found} experts, the model has {expected}");
+            return Err(TrainError::request(message));
+        }
+        let mine = placement.experts_of(ranks.comm().rank() as occult_plan::Rank);
+        held[number] = mine.iter().map(|&e| usize::from(e)).collect();
+        held[number].sort_unstable();
+    }
+    Ok(held)
+}
+
+fn decoder(
+    parameters: &ModelParameters,
+    threads: &Threads,
+    ranks: &ExpertRanks,
+    limit: Option<usize>,
+) -> Result<Decoder> {
+    let unlimited = limit.is_none_or(|n| n >= ranks.topology().num_ranks());
+    if ranks.comm().world_size() == 1 && unlimited {
+        return parameters.decoder().map_err(failed("building the model"));
+    }
+    let mut moe_layer = 0;
+    let mut wrong = None;
+    let built = parameters.decoder_with(&mut |parameters, number| {
+        moe_layer += 1;
+        match TrainedExperts::new(parameters, number, moe_layer - 1, ranks, threads, limit) {
+            Ok(layer) => Ok(Box::new(layer)),
+            Err(e) => {
+                let message = e.to_string();
+                wrong = Some(e);
+                Err(ModelError::Request(message))
+            }
+        }
+    });
+    match wrong {
+        Some(e) => Err(e),
+        None => built.map_err(failed("building the model")),
+    }
+}
+
+/// A batch that takes part in every collective call and teaches nothing.
+fn stand_in() -> Batch {
+    Batch {
+        num_sequences: 1,
+        length: 1,
+        tokens: vec![0],
+        targets: vec![IGNORE],
+        positions: vec![0],
+        segments: vec![0],
+    }
+}
+
+impl TrainableModel for MoeModel {
+    fn identity(&self) -> String {
+        let spec = self.parameters.spec();
+        let what = match self.options.scope {
+            Scope::All => "all",
+            Scope::Experts => "experts",
+            Scope::Lora(_) => "lora",
+        };
+        let hash = hash_bytes(format!("{spec:?} {:?}", self.options.scope).as_bytes());
+        format!("{} {hash:016x}, trained: {what}", spec.family.model_type())
+    }
+
+    fn parameters(&self) -> &[ParameterInfo] {
+        &self.infos
+    }
+
+    fn weights(&self, index: usize) -> Result<Cow<'_, [f32]>> {
+        match &self.slots[index] {
+            Slot::Factor { adapter, is_b } => Ok(Cow::Borrowed(self.adapters[*adapter].factor(*is_b))),
+            Slot::Whole { parameter, .. } => {
+                let values = self.parameter(*parameter).var().flatten_all().and_then(|t| t.to_vec1());
+                values.map(Cow::Owned).map_err(|e| TrainError::model("reading weights", e))
+            }
+        }
+    }
+
+    fn visit(&mut self, each: &mut Visitor<'_>) -> Result<()> {
+        self.collect()?;
+        let list = self.parameters.iter().as_slice();
+        for (i, slot) in self.slots.iter().enumerate() {
+            match slot {
+                Slot::Whole { parameter, gradient } => {
+                    let Some(gradient) = gradient else { continue };
+                    in_place(list[*parameter].var().as_tensor(), &mut |w| {
+                        in_place(gradient, &mut |g| each(i, w, g))
+                    })?;
+                }
+                Slot::Factor { adapter, is_b } => {
+                    let (w, g) = self.adapters[*adapter].factor_and_gradient(*is_b);
+                    each(i, w, g)?;
+                }
+            }
+        }
+        self.merge()
+    }
+
+    fn clear_gradients(&mut self) -> Result<()> {
+        for p in self.parameters.iter().filter(|p| p.is_trained()) {
+            p.take_gradient().map_err(failed("clearing gradients"))?;
+        }
+        for slot in &mut self.slots {
+            if let Slot::Whole { gradient, .. } = slot {
+                *gradient = None;
+            }
+        }
+        self.collected = false;
+        Ok(())
+    }
+
+    fn loss_and_gradients(&mut self, batch: &Batch, scale: f64) -> Result<BatchReport> {
+        let empty;
+        let batch = if batch.num_sequences == 0 {
+            empty = stand_in();
+            &empty
+        } else {
+            batch
+        };
+        let is_token: Option<Vec<bool>> =
+            batch.segments.contains(&PADDING).then(|| batch.segments.iter().map(|&s| s != PADDING).collect());
+        let out = self.forward(batch)?;
+        let tensor = |e| TrainError::model("loss", e);
+        let loss_sum = f64::from(out.loss.to_scalar::<f32>().map_err(tensor)?);
+        let (total, parts) = self.total_loss(&out, batch, is_token.as_deref(), scale).map_err(tensor)?;
+        let mut report = BatchReport { loss_sum, figures: Default::default() };
+        figures::routing(&out.routing, &self.ranks, is_token.as_deref(), &mut report.figures)?;
+        report.figures.extend(parts.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        let TrainOutput { loss, router_logits, .. } = out;
+        drop((loss, router_logits));
+        let grads = total.backward().map_err(|e| TrainError::model("backward pass", e))?;
+        self.parameters.accumulate(&grads).map_err(failed("adding gradients"))?;
+        self.collected = false;
+        Ok(report)
+    }
+
+    fn loss(&mut self, batch: &Batch) -> Result<f64> {
+        let empty;
+        let batch = if batch.num_sequences == 0 {
+            empty = stand_in();
+            &empty
+        } else {
+            batch
+        };
+        let out = self.forward(batch)?;
+        out.loss.to_scalar::<f32>().map(f64::from).map_err(|e| TrainError::model("loss", e))
+    }
+
+    fn begin_step(&mut self, _: u64, limit: Option<usize>) -> Result<()> {
+        self.set_limit(limit)
+    }
+
+    fn end_step(&mut self) -> Result<()> {
+        for slot in &mut self.slots {
+            if let Slot::Whole { gradient, .. } = slot {
+                *gradient = None;
+            }
+        }
+        Ok(())
+    }
+}
