@@ -20,7 +20,7 @@ use super::setting::{Setting, check, routing_of};
 use crate::output::{Table, bytes, figure, print, print_json};
 use crate::world::run_world;
 
-/// Tokens drawn for a probe of what packing costs.
+/// Steps of the probe of what packing costs, after one that does not count.
 const PROBES: usize = 5;
 
 /// One all-to-all.
