@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bench;
+mod bundled;
 mod cmd;
 mod compare;
 mod domains;

@@ -1,0 +1,269 @@
+//! What this machine and its wire can do, measured in the same run by small probes: the numbers of the cost model.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use occult_comm::{Buffer, Expect};
+use occult_kernels::{Threads, peak};
+use occult_moe::Overlap;
+use occult_plan::cost::{Cluster, Compute, InterLink, Link, LinkEnd};
+use occult_plan::{LayerPlacement, Rank, RoutingBuf};
+
+use super::args::ModeName;
+use super::experts::Experts;
+use super::measure::{PassSeconds, Rows, StepSeconds, forward, forward_backward, median};
+use super::predict;
+use super::rounds::gather;
+use super::setting::Setting;
+
+/// Rounds of the loop of multiply-adds, of some 10 ms each.
+const PEAK_ROUNDS: usize = 10;
+/// What does not limit.
+const UNLIMITED: f64 = 1e15;
+const PROBES: usize = 5;
+/// Of a step, in the probe of what parts cost.
+const PARTS: usize = 4;
+/// Bytes per peer of the small and the large probe, at least and at most.
+const LEAST_BYTES: usize = 1 << 16;
+const MOST_BYTES: usize = 8 << 20;
+
+/// What one pass costs beside the wire, per unit of what it does.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Rates {
+    /// Seconds of planning per (token, expert) pair of a rank's own tokens.
+    pub(crate) plan_per_pair: f64,
+    /// Seconds of packing, unpacking and adding per byte of the rows a rank sends (to itself, too).
+    pub(crate) move_per_byte: f64,
+    /// Seconds of expert products per (token, expert) pair a rank computes.
+    pub(crate) compute_per_pair: f64,
+    /// And per expert that has any token in a part of the step: its weights are read.
+    pub(crate) compute_per_expert: f64,
+}
+
+/// The same on every rank.
+#[derive(Debug, Clone)]
+pub(crate) struct Machine {
+    pub(crate) cluster: Cluster,
+    pub(crate) forward: Rates,
+    /// Forward and backward together, where it was asked for.
+    pub(crate) both: Option<Rates>,
+    /// Ranks share cores: uneven load of ranks then evens out.
+    pub(crate) pooled: bool,
+}
+
+/// GFLOP/s of multiply-adds, all ranks at once (collective).
+pub(crate) fn peak_gflops(setting: &Setting, threads: &Threads) -> Result<f64> {
+    let mut best = 0.0f64;
+    for _ in 0..3 {
+        setting.comm.barrier("bench peak")?;
+        let begin = Instant::now();
+        let flop = peak::fma_flop(threads, PEAK_ROUNDS);
+        let all = setting.gather(&[flop, begin.elapsed().as_secs_f64()])?;
+        let flop: f64 = all.iter().map(|rank| rank[0]).sum();
+        let seconds = all.iter().map(|rank| rank[1]).fold(0.0, f64::max);
+        best = best.max(flop / seconds.max(1e-9) / 1e9);
+    }
+    Ok(best)
+}
+
+/// Median seconds of the slowest rank for an all-to-all with so many bytes to each peer (collective).
+pub(crate) fn exchange_seconds(setting: &Setting, bytes: &[usize], times: usize) -> Result<f64> {
+    let mut seconds = Vec::with_capacity(times);
+    for _ in 0..times {
+        let send = Buffer::zeroed::<u8>(bytes.iter().sum());
+        setting.comm.barrier("bench probe")?;
+        let begin = Instant::now();
+        let expect = Expect::Bytes(bytes.to_vec());
+        drop(setting.comm.exchange("bench probe", send, bytes, expect)?);
+        seconds.push(begin.elapsed().as_secs_f64());
+    }
+    let all = setting.gather(&seconds)?;
+    let slowest = |i: usize| all.iter().map(|rank| rank[i]).fold(0.0, f64::max);
+    Ok(median((0..times).map(slowest).collect()))
+}
+
+/// The link to the peers that `reach` says, when all ranks send at once.
+fn link(setting: &Setting, reach: impl Fn(usize) -> bool) -> Result<Link> {
+    let (world, rank) = (setting.world(), setting.comm.rank());
+    let peers = (0..world).filter(|&r| r != rank && reach(r)).count();
+    if peers == 0 {
+        return Ok(Link { bandwidth_bytes_per_s: UNLIMITED, latency_s: 0.0 });
+    }
+    let bytes =
+        |n: usize| -> Vec<usize> { (0..world).map(|r| if r != rank && reach(r) { n } else { 0 }).collect() };
+    let pairs = setting.routing.chosen.expert_ids.len();
+    let large = (pairs * setting.hidden * 4 / (world * world)).clamp(LEAST_BYTES, MOST_BYTES);
+    let small = exchange_seconds(setting, &bytes(8), 4 * PROBES + 1)?;
+    let long = exchange_seconds(setting, &bytes(large), PROBES)?;
+    let bandwidth = (peers * large) as f64 / (long - small).max(long / 100.0);
+    Ok(Link { bandwidth_bytes_per_s: bandwidth, latency_s: small / peers as f64 })
+}
+
+/// Links between all ranks; what ranks compute with is not known yet (collective).
+pub(crate) fn wire(setting: &Setting) -> Result<Cluster> {
+    let topology = setting.topology;
+    let node = |r: usize| topology.node_of(r as Rank);
+    let here = node(setting.comm.rank());
+    let intra = link(setting, |r| node(r) == here)?;
+    let inter = match topology.num_nodes() {
+        1 => None,
+        _ => Some(InterLink { link: link(setting, |r| node(r) != here)?, per: LinkEnd::Rank }),
+    };
+    Ok(Cluster {
+        name: "this run".to_owned(),
+        nodes: topology.num_nodes(),
+        ranks_per_node: topology.ranks_per_node(),
+        intra,
+        inter,
+        compute: Compute { flops_per_s: UNLIMITED, memory_bandwidth_bytes_per_s: UNLIMITED },
+    })
+}
+
+/// Measures (collective). The layer's own code runs on tokens that placements are made from, so what it costs per token,
+/// byte and pair is known before the measured tokens come.
+pub(crate) fn machine(
+    setting: &Setting,
+    experts: &Experts,
+    threads: &Threads,
+    small_batch: usize,
+    backward: bool,
+    pooled: bool,
+) -> Result<Machine> {
+    let mut cluster = wire(setting)?;
+    let (tokens, e) = (setting.tokens_of(setting.comm.rank()), setting.routing.router.num_experts);
+    let logits = &setting.routing.probe_logits;
+    let rows = Rows::new(setting, &logits[tokens.start * e..tokens.end * e])?;
+    // The same in several parts: what differs is how often the weights are read.
+    let layer = |overlap| {
+        setting.layer(ModeName::Dedup, setting.options(ModeName::Dedup, &overlap, small_batch), threads)
+    };
+    let layers = [layer(Overlap::Off)?, layer(Overlap::Chunks(PARTS))?];
+    let mut steps: [[Vec<StepSeconds>; 2]; 2] = Default::default();
+    for probe in 0..=PROBES {
+        for (layer, steps) in layers.iter().zip(&mut steps) {
+            let (step, _) = forward(setting, layer, experts, &rows)?;
+            if probe > 0 {
+                steps[0].push(step);
+            }
+            if backward {
+                let step = forward_backward(setting, layer, experts, &rows)?;
+                if probe > 0 {
+                    steps[1].push(step);
+                }
+            }
+        }
+    }
+    let routing = layers[0].decide(logits)?.routing;
+    let load = |parts| Load::of(setting, layers[0].placement(), &routing, parts);
+    let small = predict::is_small(setting, layers[0].options());
+    let (whole, cut) = (load(1), load(PARTS));
+    let wire = predict::wire_of(setting, layers[0].placement(), layers[0].options(), &cluster, &routing)?;
+    let rates = |pass: usize, cut: &Load, wire: f64| -> Result<Rates> {
+        let [one, many] = [gather(setting, &steps[0][pass])?, gather(setting, &steps[1][pass])?];
+        Ok(rates(&one, &many, &whole, cut, setting.hidden, pooled.then_some(wire)))
+    };
+    let forward = rates(0, if small { &whole } else { &cut }, wire.forward)?;
+    let both = if backward { Some(rates(1, &cut, wire.forward + wire.backward)?) } else { None };
+    let per_pair = 6.0 * (setting.hidden * setting.ffn) as f64;
+    let weights = per_pair / 2.0 * 4.0;
+    cluster.compute = Compute {
+        flops_per_s: per_pair / forward.compute_per_pair.max(1e-15),
+        memory_bandwidth_bytes_per_s: weights / forward.compute_per_expert.max(1e-15),
+    };
+    Ok(Machine { cluster, forward, both, pooled })
+}
+
+/// What a step asks of the ranks.
+#[derive(Debug, Clone)]
+pub(crate) struct Load {
+    /// (token, expert) pairs that each rank computes.
+    pub(crate) pairs: Vec<f64>,
+    /// Experts with a token in each part, summed over the parts, of each rank.
+    pub(crate) experts: Vec<f64>,
+    /// (token, rank) pairs.
+    copies: f64,
+}
+
+impl Load {
+    /// Of the routing of all ranks' tokens, each rank's cut into so many parts.
+    pub(crate) fn of(
+        setting: &Setting,
+        placement: &LayerPlacement,
+        routing: &RoutingBuf,
+        parts: usize,
+    ) -> Self {
+        let (world, k) = (setting.world(), routing.top_k);
+        let mut part_of_token = Vec::with_capacity(routing.num_tokens());
+        for &tokens in setting.step.tokens() {
+            for part in 0..parts {
+                // As the layer cuts them.
+                let len = (part + 1) * tokens / parts - part * tokens / parts;
+                part_of_token.extend(std::iter::repeat_n(part, len));
+            }
+        }
+        let mut seen = vec![false; parts * routing.num_experts];
+        let mut load = Self { pairs: vec![0.0; world], experts: vec![0.0; world], copies: 0.0 };
+        for (ids, part) in routing.expert_ids.chunks_exact(k).zip(part_of_token) {
+            let mut ranks = Vec::with_capacity(k);
+            for &id in ids {
+                let rank = usize::from(placement.first_rank_of(id));
+                load.pairs[rank] += 1.0;
+                let seen = &mut seen[part * routing.num_experts + usize::from(id)];
+                load.experts[rank] += f64::from(u8::from(!std::mem::replace(seen, true)));
+                ranks.push(rank);
+            }
+            ranks.sort_unstable();
+            ranks.dedup();
+            load.copies += ranks.len() as f64;
+        }
+        load
+    }
+
+    /// Seconds of the slowest rank's expert products; of the mean where ranks share cores.
+    pub(crate) fn compute_seconds(&self, rates: &Rates, pooled: bool) -> f64 {
+        let ranks = self.pairs.iter().zip(&self.experts);
+        let seconds = ranks.map(|(p, e)| rates.compute_per_pair * p + rates.compute_per_expert * e);
+        if pooled { seconds.sum::<f64>() / self.pairs.len() as f64 } else { seconds.fold(0.0, f64::max) }
+    }
+}
+
+/// From steps of all ranks `[W][steps]` in one part and in several. `wire`: seconds of the exchanges, where ranks share
+/// cores and so everything else is somebody's compute.
+fn rates(
+    one: &[Vec<StepSeconds>],
+    many: &[Vec<StepSeconds>],
+    whole: &Load,
+    cut: &Load,
+    hidden: usize,
+    wire: Option<f64>,
+) -> Rates {
+    let world = one.len() as f64;
+    let (pass, parts) = (PassSeconds::of(one), PassSeconds::of(many));
+    let (p, sum) = (pass.phases, |values: &[f64]| values.iter().sum::<f64>());
+    let (pairs, experts) = (sum(&whole.pairs), sum(&whole.experts));
+    // compute = per_pair * pairs + per_expert * experts, twice.
+    let more = sum(&cut.experts) - experts;
+    let most = p.compute * world / experts.max(1.0);
+    let per_expert = match more >= 1.0 && pairs >= 2.0 * experts {
+        true => ((parts.phases.compute - p.compute) * world / more).clamp(0.0, most),
+        // Hardly more pairs than experts: it is all reading.
+        false => most,
+    };
+    // What no phase says (allocation, autograd's own work) goes with the rows.
+    let other = (mean_total(one) - p.plan - p.moving - p.compute - p.wire).max(0.0);
+    let counted = p.plan + p.moving + other + p.compute;
+    let factor = wire.map_or(1.0, |wire| ((pass.seconds - wire) / counted).max(1.0)) * world;
+    Rates {
+        plan_per_pair: p.plan * factor / pairs.max(1.0),
+        move_per_byte: (p.moving + other) * factor / (whole.copies * (hidden * 4) as f64).max(1.0),
+        compute_per_pair: (p.compute * factor - per_expert * factor / world * experts).max(0.0)
+            / pairs.max(1.0),
+        compute_per_expert: per_expert * factor / world,
+    }
+}
+
+fn mean_total(ranks: &[Vec<StepSeconds>]) -> f64 {
+    let steps = ranks.first().map_or(0, Vec::len);
+    let one = |i: usize| ranks.iter().map(|rank| rank[i].total).sum::<f64>() / ranks.len() as f64;
+    median((0..steps).map(one).collect())
+}
