@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bench;
+mod bundled;
 mod cmd;
 mod compare;
 mod domains;
@@ -19,6 +21,7 @@ mod pruning;
 pub mod report;
 mod setup;
 mod tokens;
+mod world;
 
 use std::process::ExitCode;
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::bench::args::BenchLayerArgs;
 use clap::{Args, Subcommand, ValueEnum};
 use occult_model::hf::ExpertLayout;
 use occult_model::quant::Format;
@@ -101,6 +102,8 @@ pub(crate) struct BenchArgs {
 pub(crate) enum BenchWhat {
     /// Measure how fast a model computes, beside what the machine can do
     Model(BenchModelArgs),
+    /// Measure one MoE layer with its experts over ranks: conventional and deduplicated exchange, placement, pruning
+    Layer(BenchLayerArgs),
 }
 
 #[derive(Debug, Args)]

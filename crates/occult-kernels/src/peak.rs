@@ -6,10 +6,12 @@ use std::time::Instant;
 use crate::Threads;
 use crate::core::isa::FMA_CHAINS;
 
+/// Of one round.
+const CALLS: usize = 1 << 21;
+
 /// GFLOP/s of multiply-adds on all threads, for `rounds` rounds (a round is some 10 ms). The best round counts.
 #[must_use]
 pub fn fma_gflops(threads: &Threads, rounds: usize) -> f64 {
-    const CALLS: usize = 1 << 21;
     let isa = threads.isa();
     let flop = 2.0 * (FMA_CHAINS * isa.lanes * CALLS * threads.count()) as f64;
     best(rounds, || {
@@ -19,6 +21,20 @@ pub fn fma_gflops(threads: &Threads, rounds: usize) -> f64 {
         });
     })
     .map_or(0.0, |seconds| flop / seconds / 1e9)
+}
+
+/// Runs the loop of [`fma_gflops`] for `rounds` rounds and returns the floating-point operations that it did: for whoever
+/// measures several ranks at once, and so takes the time.
+#[must_use]
+pub fn fma_flop(threads: &Threads, rounds: usize) -> f64 {
+    let isa = threads.isa();
+    for _ in 0..rounds {
+        threads.for_each(threads.count(), |_| {
+            // SAFETY: touches no memory, and the instructions are there because `isa` is.
+            black_box(unsafe { (isa.fma_loop)(black_box(CALLS)) });
+        });
+    }
+    2.0 * (FMA_CHAINS * isa.lanes * CALLS * threads.count() * rounds) as f64
 }
 
 /// GB/s of reading `len_bytes` of memory from end to end on all threads, `rounds` times. The best round counts. With

@@ -109,6 +109,12 @@ impl LayerOptions {
             small_batch_tokens: 64,
         }
     }
+
+    /// Whether rows travel to the node first and to the rank from there.
+    pub fn has_two_levels(&self) -> bool {
+        let levels = self.topology.num_nodes() > 1 && self.topology.ranks_per_node() > 1;
+        levels && self.two_level == TwoLevel::Auto && self.mode == Mode::Dedup
+    }
 }
 
 /// The topology that a communicator's hosts make: nodes are hosts when these are equal runs of consecutive ranks,

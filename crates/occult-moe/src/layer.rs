@@ -31,7 +31,7 @@ use occult_kernels::{SparseRows, Threads};
 use occult_plan::cost::LayerShape;
 use occult_plan::{DispatchPlan, ExpertRows, LayerPlacement, PruneStats, RoutingBuf, prune};
 
-use crate::config::{LayerOptions, Mode, Overlap, Step, TwoLevel};
+use crate::config::{LayerOptions, Overlap, Step};
 use crate::error::{MoeError, Result, check_len};
 use crate::exchange::{DispatchHandle, Exchanger};
 use crate::overlap::{chunk, chunk_count};
@@ -96,8 +96,7 @@ impl ExpertParallelLayer {
         router.check()?;
         check_len("experts of the placement", router.num_experts, placement.num_experts())?;
         let topology = options.topology;
-        let levels = topology.num_nodes() > 1 && topology.ranks_per_node() > 1;
-        let two_level = options.two_level == TwoLevel::Auto && levels && options.mode == Mode::Dedup;
+        let two_level = options.has_two_levels();
         let timers = Arc::new(Timers::default());
         let exchanger = |two_level| {
             let (comm, rows, timers) = (Arc::clone(&comm), options.mode.rows(), Arc::clone(&timers));
@@ -244,8 +243,9 @@ impl ExpertParallelLayer {
         Ok(DispatchPlan::build(&routing.view()?, &self.placement, self.options.topology)?)
     }
 
-    /// Parts of a step, the same on every rank.
-    pub(crate) fn num_chunks(&self, tokens: usize, d: usize, f: usize, step: Option<&Step>) -> Result<usize> {
+    /// Parts of a step of `tokens` tokens here, `d` wide, experts of intermediate size `f`: the same on every rank.
+    /// Collective where `step` is missing and [`Overlap::Auto`] is chosen.
+    pub fn num_chunks(&self, tokens: usize, d: usize, f: usize, step: Option<&Step>) -> Result<usize> {
         let cluster = match &self.options.overlap {
             Overlap::Off => return Ok(1),
             Overlap::Chunks(n) => return Ok((*n).max(1)),

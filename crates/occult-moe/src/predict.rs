@@ -8,8 +8,9 @@ use occult_comm::Reach;
 use occult_plan::traffic::{ID_BYTES, WEIGHT_BYTES};
 use occult_plan::{HomeRanks, LayerPlacement, LayerTraffic, Rank, Routing};
 
-use crate::config::{LayerOptions, Mode, TwoLevel};
+use crate::config::{LayerOptions, Mode};
 use crate::error::Result;
+use crate::wire::COUNT_BYTES;
 
 /// Bytes by exchange and by how far they go. Nodes of the topology count as hosts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -72,8 +73,7 @@ impl RankBytes {
     }
 }
 
-/// Bytes caused by the tokens `routing` at home on rank `home`, rows of `d` f32. Counts (8 bytes per peer and part) are
-/// not in it. On two levels the bytes that other ranks of the target node forward for these tokens are.
+/// Bytes caused by the tokens `routing` at home on rank `home`, rows of `d` f32. Counts ([`count_bytes`]) are not in it. On two levels the bytes that other ranks of the target node forward for these tokens are.
 pub fn predict_bytes(
     home: usize,
     routing: &Routing<'_>,
@@ -95,8 +95,7 @@ pub fn predict_bytes(
         Mode::Conventional => pairs(to),
         Mode::Dedup => count(traffic.rank_rows().get(home, to)),
     };
-    let levels = topology.num_nodes() > 1 && per_node > 1;
-    if !(levels && options.two_level == TwoLevel::Auto && options.mode == Mode::Dedup) {
+    if !options.has_two_levels() {
         for to in 0..world {
             bytes.add(options, (home, to), [rows(to), pairs(to)], d);
         }
@@ -112,4 +111,17 @@ pub fn predict_bytes(
         }
     }
     Ok(bytes)
+}
+
+/// The counts that one rank sends in one forward pass whose tokens are cut into so many parts (a small batch: one part,
+/// counts within its messages).
+pub fn count_bytes(options: &LayerOptions, parts: usize) -> Reach {
+    let topology = options.topology;
+    let (world, per_node) = (topology.num_ranks(), topology.ranks_per_node());
+    let (nodes, bytes) = (topology.num_nodes(), (parts * COUNT_BYTES) as u64);
+    let to = |peers: usize| peers as u64 * bytes;
+    if options.has_two_levels() {
+        return Reach { local: to(2), same_host: to(per_node - 1), other_host: to(nodes - 1) };
+    }
+    Reach { local: to(1), same_host: to(per_node - 1), other_host: to(world - per_node) }
 }

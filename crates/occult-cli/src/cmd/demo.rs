@@ -11,15 +11,8 @@ use crate::args::{DemoArgs, SearchArgs, ShapeArgs};
 use crate::compare::{self, Request};
 use crate::output::{Table, figure, print, seconds};
 use crate::report::{PruningBudget, ReportData};
-use crate::{placing, progress, setup};
+use crate::{bundled, placing, progress, setup};
 
-/// Real routing of gpt-oss-20b; see `data/gpt-oss-20b/NOTICE`.
-const FILES: [(&str, &[u8]); 4] = [
-    ("routes_u8.bin", include_bytes!("../../data/gpt-oss-20b/routes_u8.bin")),
-    ("gates_u8.bin", include_bytes!("../../data/gpt-oss-20b/gates_u8.bin")),
-    ("segments.csv", include_bytes!("../../data/gpt-oss-20b/segments.csv")),
-    ("NOTICE", include_bytes!("../../data/gpt-oss-20b/NOTICE")),
-];
 const NOTICE: &str =
     "Routing of gpt-oss-20b: an extract of AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting, Apache-2.0.";
 /// gpt-oss-20b: hidden size and expert intermediate size (its config.json).
@@ -72,7 +65,7 @@ pub(super) fn run(args: &DemoArgs) -> Result<()> {
 fn import(dir: &Path, profile: &Path) -> Result<()> {
     let trace = dir.join("trace");
     std::fs::create_dir_all(&trace).with_context(|| format!("cannot make the folder {}", trace.display()))?;
-    for (name, bytes) in FILES {
+    for (name, bytes) in bundled::FILES {
         write_atomic(&trace.join(name), bytes)?;
     }
     let options = ImportOptions {

@@ -1,0 +1,145 @@
+//! Arguments of `occult bench exchange`, `layer` and `step`.
+
+use clap::{Args, ValueEnum};
+
+use crate::model_args::Dtype;
+use crate::world::WorldArgs;
+
+/// The layer, its tokens and who holds what: shared by all three.
+#[derive(Debug, Args)]
+pub(crate) struct ShapeArgs {
+    #[command(flatten)]
+    pub(crate) world: WorldArgs,
+    /// Tokens of one step: one number is all ranks together, shared out evenly; several (T0,T1,..) are each rank's own
+    #[arg(long, value_name = "T", value_delimiter = ',', default_value = "1024")]
+    pub(crate) tokens: Vec<usize>,
+    /// Width of a token row
+    #[arg(long, value_name = "D", default_value_t = 512)]
+    pub(crate) hidden: usize,
+    /// Intermediate size of one expert
+    #[arg(long, value_name = "F", default_value_t = 256)]
+    pub(crate) ffn: usize,
+    /// Experts of a layer [default: those of the routing; 64 where it is synthetic]
+    #[arg(long, value_name = "E")]
+    pub(crate) experts: Option<usize>,
+    /// Experts of a token [default: those of the routing; 8 where it is synthetic]
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// Hosts that the ranks count as being on, for the two-level exchange [default: as they are]
+    #[arg(long, value_name = "M")]
+    pub(crate) nodes: Option<usize>,
+    /// Routing: `synthetic` (with co-activation), `bundled` (gpt-oss-20b: 32 experts, top-4), or a routing profile. One half
+    /// of it makes the placement, the other is measured
+    #[arg(long, value_name = "WHAT", default_value = "synthetic")]
+    pub(crate) routing: String,
+    /// Layer of the routing, counted from 0 [default: the one in the middle]
+    #[arg(long, value_name = "L")]
+    pub(crate) layer: Option<usize>,
+    /// Most load of a rank over the mean that a searched placement may have
+    #[arg(long, value_name = "X", default_value_t = crate::placing::DEFAULT_LOAD_CAP)]
+    pub(crate) load_cap: f64,
+    /// The same number of experts on every rank
+    #[arg(long)]
+    pub(crate) equal: bool,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// What is compared
+    #[arg(
+        long,
+        value_enum,
+        value_name = "MODE",
+        value_delimiter = ',',
+        default_value = "conventional,dedup,dedup-search,prune-2,prune-1"
+    )]
+    pub(crate) modes: Vec<ModeName>,
+    /// Measured rounds of all modes, every second one in reverse order, after one that is not measured; medians count
+    #[arg(long, value_name = "N", default_value_t = 9)]
+    pub(crate) reps: usize,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How ranks compute.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Number format of the experts' weights; rows and arithmetic are f32
+    #[arg(long, value_enum, value_name = "DTYPE", default_value = "f32")]
+    pub(crate) dtype: Dtype,
+    /// Measure forward and backward, too
+    #[arg(long)]
+    pub(crate) backward: bool,
+    /// Threads of one rank [default: the cores shared out among the ranks of this machine, at least 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads_per_rank: Option<usize>,
+    /// Exchanges beside compute: on (in --chunks parts), off, or as many parts as the cost model finds best
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub(crate) overlap: OverlapArg,
+    /// Parts of a step with --overlap on
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) chunks: usize,
+    /// Steps in which no rank has more tokens use one message per peer, without a round of counts (inference)
+    #[arg(long, value_name = "T", default_value_t = 64)]
+    pub(crate) small_batch: usize,
+}
+
+/// `occult bench layer`
+#[derive(Debug, Args)]
+pub(crate) struct BenchLayerArgs {
+    #[command(flatten)]
+    pub(crate) shape: ShapeArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+/// When exchanges run beside compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OverlapArg {
+    On,
+    Off,
+    Auto,
+}
+
+/// What is compared: exchange, placement, pruning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ModeName {
+    /// One row per (token, expert), consecutive experts on a rank
+    Conventional,
+    /// One row per (token, rank), the same placement
+    Dedup,
+    /// One row per (token, rank), placement searched on other tokens of the same routing
+    DedupSearch,
+    /// And at most two ranks per token
+    #[value(name = "prune-2")]
+    Prune2,
+    /// And at most one rank per token
+    #[value(name = "prune-1")]
+    Prune1,
+}
+
+impl ModeName {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Conventional => "conventional",
+            Self::Dedup => "dedup",
+            Self::DedupSearch => "dedup-search",
+            Self::Prune2 => "prune-2",
+            Self::Prune1 => "prune-1",
+        }
+    }
+
+    /// Whether it runs on the searched placement.
+    pub(crate) fn searched(self) -> bool {
+        !matches!(self, Self::Conventional | Self::Dedup)
+    }
+
+    /// Most ranks of a token.
+    pub(crate) fn max_ranks(self) -> Option<usize> {
+        match self {
+            Self::Prune2 => Some(2),
+            Self::Prune1 => Some(1),
+            _ => None,
+        }
+    }
+}
