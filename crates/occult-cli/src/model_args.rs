@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::bench::args::BenchLayerArgs;
+use crate::bench::args::{BenchExchangeArgs, BenchLayerArgs, BenchStepArgs};
 use clap::{Args, Subcommand, ValueEnum};
 use occult_model::hf::ExpertLayout;
 use occult_model::quant::Format;
@@ -63,7 +63,7 @@ impl Layout {
 }
 
 /// A count of which none would leave nothing to do.
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(0) => Err("expected at least 1".to_owned()),
         Ok(n) => Ok(n),
@@ -104,6 +104,10 @@ pub(crate) enum BenchWhat {
     Model(BenchModelArgs),
     /// Measure one MoE layer with its experts over ranks: conventional and deduplicated exchange, placement, pruning
     Layer(BenchLayerArgs),
+    /// Measure the all-to-all alone, and a layer's rows over it under every mode
+    Exchange(BenchExchangeArgs),
+    /// Measure whole steps of several layers: attention, experts over ranks, gradients of what all ranks hold
+    Step(BenchStepArgs),
 }
 
 #[derive(Debug, Args)]

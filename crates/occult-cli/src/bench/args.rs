@@ -1,8 +1,10 @@
 //! Arguments of `occult bench exchange`, `layer` and `step`.
 
 use clap::{Args, ValueEnum};
+use occult_moe::Overlap;
 
-use crate::model_args::Dtype;
+use super::machine::Machine;
+use crate::model_args::{Dtype, at_least_one};
 use crate::world::WorldArgs;
 
 /// The layer, its tokens and who holds what: shared by all three.
@@ -77,11 +79,21 @@ pub(crate) struct RunArgs {
     #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
     pub(crate) overlap: OverlapArg,
     /// Parts of a step with --overlap on
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
     pub(crate) chunks: usize,
     /// Steps in which no rank has more tokens use one message per peer, without a round of counts (inference)
     #[arg(long, value_name = "T", default_value_t = 64)]
     pub(crate) small_batch: usize,
+}
+
+impl RunArgs {
+    pub(crate) fn overlap(&self, machine: &Machine) -> Overlap {
+        match self.overlap {
+            OverlapArg::Off => Overlap::Off,
+            OverlapArg::On => Overlap::Chunks(self.chunks),
+            OverlapArg::Auto => Overlap::Auto(Box::new(machine.cluster.clone())),
+        }
+    }
 }
 
 /// `occult bench layer`
@@ -91,6 +103,29 @@ pub(crate) struct BenchLayerArgs {
     pub(crate) shape: ShapeArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+}
+
+/// `occult bench exchange`
+#[derive(Debug, Args)]
+pub(crate) struct BenchExchangeArgs {
+    #[command(flatten)]
+    pub(crate) shape: ShapeArgs,
+    /// Bytes to each peer of the all-to-alls
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "64,4096,65536,524288,2097152",
+          value_parser = at_least_one)]
+    pub(crate) bytes: Vec<usize>,
+}
+
+/// `occult bench step`
+#[derive(Debug, Args)]
+pub(crate) struct BenchStepArgs {
+    #[command(flatten)]
+    pub(crate) shape: ShapeArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Layers: attention over the rank's own tokens, then experts
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
+    pub(crate) layers: usize,
 }
 
 /// When exchanges run beside compute.

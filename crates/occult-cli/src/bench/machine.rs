@@ -16,6 +16,8 @@ use super::setting::Setting;
 
 /// Rounds of the loop of multiply-adds, of some 10 ms each.
 const PEAK_ROUNDS: usize = 10;
+/// What does not limit.
+const UNLIMITED: f64 = 1e15;
 const PROBES: usize = 5;
 /// Bytes per peer of the small and the large probe, at least and at most.
 const LEAST_BYTES: usize = 1 << 16;
@@ -79,7 +81,7 @@ fn link(setting: &Setting, reach: impl Fn(usize) -> bool) -> Result<Link> {
     let (world, rank) = (setting.world(), setting.comm.rank());
     let peers = (0..world).filter(|&r| r != rank && reach(r)).count();
     if peers == 0 {
-        return Ok(Link { bandwidth_bytes_per_s: 1e12, latency_s: 0.0 });
+        return Ok(Link { bandwidth_bytes_per_s: UNLIMITED, latency_s: 0.0 });
     }
     let bytes =
         |n: usize| -> Vec<usize> { (0..world).map(|r| if r != rank && reach(r) { n } else { 0 }).collect() };
@@ -89,6 +91,26 @@ fn link(setting: &Setting, reach: impl Fn(usize) -> bool) -> Result<Link> {
     let long = exchange_seconds(setting, &bytes(large), PROBES)?;
     let bandwidth = (peers * large) as f64 / (long - small).max(long / 100.0);
     Ok(Link { bandwidth_bytes_per_s: bandwidth, latency_s: small / peers as f64 })
+}
+
+/// Links between all ranks; what ranks compute with is not known yet (collective).
+pub(crate) fn wire(setting: &Setting) -> Result<Cluster> {
+    let topology = setting.topology;
+    let node = |r: usize| topology.node_of(r as Rank);
+    let here = node(setting.comm.rank());
+    let intra = link(setting, |r| node(r) == here)?;
+    let inter = match topology.num_nodes() {
+        1 => None,
+        _ => Some(InterLink { link: link(setting, |r| node(r) != here)?, per: LinkEnd::Rank }),
+    };
+    Ok(Cluster {
+        name: "this run".to_owned(),
+        nodes: topology.num_nodes(),
+        ranks_per_node: topology.ranks_per_node(),
+        intra,
+        inter,
+        compute: Compute { flops_per_s: UNLIMITED, memory_bandwidth_bytes_per_s: UNLIMITED },
+    })
 }
 
 /// Measures (collective). The layer's own code runs on tokens that placements are made from, so what it costs per token,
@@ -101,14 +123,7 @@ pub(crate) fn machine(
     backward: bool,
     pooled: bool,
 ) -> Result<Machine> {
-    let topology = setting.topology;
-    let node = |r: usize| topology.node_of(r as Rank);
-    let here = node(setting.comm.rank());
-    let intra = link(setting, |r| node(r) == here)?;
-    let inter = match topology.num_nodes() {
-        1 => None,
-        _ => Some(InterLink { link: link(setting, |r| node(r) != here)?, per: LinkEnd::Rank }),
-    };
+    let mut cluster = wire(setting)?;
     let options = setting.options(ModeName::Dedup, &Overlap::Off, small_batch);
     let layer = setting.layer(ModeName::Dedup, options, threads)?;
     let (tokens, e) = (setting.tokens_of(setting.comm.rank()), setting.routing.router.num_experts);
@@ -131,22 +146,9 @@ pub(crate) fn machine(
     let work = Work::of(setting, &layer, &decision.routing)?;
     let forward = rates(setting, &steps[0], work)?;
     let both = if backward { Some(rates(setting, &steps[1], work)?) } else { None };
-    // Values that the layer decides by must be rank 0's on every rank.
     let per_pair = 6.0 * (setting.hidden * setting.ffn) as f64;
-    let compute = Compute {
-        flops_per_s: per_pair / forward.compute_per_pair.max(1e-15),
-        memory_bandwidth_bytes_per_s: 1e15,
-    };
-    let cluster = Cluster {
-        name: "this run".to_owned(),
-        nodes: topology.num_nodes(),
-        ranks_per_node: topology.ranks_per_node(),
-        intra,
-        inter,
-        compute,
-    };
-    let machine = Machine { cluster, forward, both, pooled };
-    Ok(machine)
+    cluster.compute.flops_per_s = per_pair / forward.compute_per_pair.max(1e-15);
+    Ok(Machine { cluster, forward, both, pooled })
 }
 
 /// What all ranks do in a step.

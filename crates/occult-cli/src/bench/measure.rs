@@ -37,8 +37,8 @@ impl StepSeconds {
 
 /// This rank's rows, and the logits that route them.
 pub(crate) struct Rows {
-    x: Var,
-    logits: Var,
+    pub(crate) x: Var,
+    pub(crate) logits: Var,
 }
 
 impl Rows {
@@ -99,7 +99,8 @@ fn finish(layer: &ExpertParallelLayer, begin: Instant) -> StepSeconds {
     StepSeconds { total, phases: layer.take_seconds() }
 }
 
-fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+/// Copied out.
+pub(crate) fn values(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.flatten_all()?.to_vec1()?)
 }
 

@@ -5,11 +5,15 @@
 //! small probes on other tokens ([`machine`]), and the cost model predicts every mode from these ([`predict`]).
 
 pub(crate) mod args;
+pub(crate) mod exchange;
 mod experts;
 pub(crate) mod layer;
 mod machine;
 mod measure;
 mod predict;
 mod random;
+mod report;
+mod rounds;
 mod routing;
 mod setting;
+pub(crate) mod step;

@@ -1,10 +1,10 @@
 //! Bytes and seconds of a mode, from routing and placement alone.
 
 use anyhow::Result;
-use occult_moe::predict::{count_bytes, predict_bytes};
+use occult_moe::predict::{RankBytes, count_bytes, predict_bytes};
 use occult_moe::{ExpertParallelLayer, LayerOptions, Mode, TwoLevel};
-use occult_plan::cost::{Exchange, LayerShape, predict};
-use occult_plan::{HomeRanks, LayerTraffic, Routing, RoutingBuf};
+use occult_plan::cost::{Cluster, Exchange, LayerShape, predict};
+use occult_plan::{HomeRanks, LayerPlacement, LayerTraffic, Routing, RoutingBuf};
 
 use super::machine::{Machine, Rates};
 use super::setting::Setting;
@@ -40,6 +40,22 @@ pub(crate) struct Predicted {
     pub(crate) both: Option<Seconds>,
 }
 
+impl Predicted {
+    /// Of several layers with other work around them.
+    pub(crate) fn times(mut self, layers: usize, forward: f64, both: f64) -> Self {
+        self.bytes =
+            WireBytes { forward: self.bytes.forward * layers as u64, both: self.bytes.both * layers as u64 };
+        let times = |s: Seconds, more: f64| {
+            let n = layers as f64;
+            let (plan, moving, compute, wire) = (n * s.plan, n * s.moving, n * s.compute, n * s.wire);
+            Seconds { total: n * s.total + more, plan, moving, compute, wire }
+        };
+        self.forward = times(self.forward, forward);
+        self.both = self.both.map(|s| times(s, both));
+        self
+    }
+}
+
 /// Parts that a step of a layer is cut into.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Parts {
@@ -56,12 +72,18 @@ pub(crate) fn mode(
 ) -> Result<Predicted> {
     let options = layer.options();
     let routing = layer.decide(&setting.routing.logits)?.routing;
-    let bytes = bytes(setting, layer, &routing, parts)?;
     let home = HomeRanks::Blocks { num_rows: routing.num_tokens() };
     let traffic = LayerTraffic::measure(layer.placement(), setting.topology, home, &routing.view()?)?;
     let summary = traffic.summary();
     let small = is_small(setting, options);
-    let levels = options.has_two_levels() && !small;
+    let straight = LayerOptions { two_level: TwoLevel::Off, ..options.clone() };
+    let inference = if small { &straight } else { options };
+    let placement = layer.placement();
+    let bytes = WireBytes {
+        forward: forward_bytes(setting, placement, inference, &routing, parts.forward)?,
+        both: all_bytes(setting, placement, options, &routing, parts.both)?,
+    };
+    let levels = inference.has_two_levels();
     let exchange = match options.mode {
         Mode::Conventional => Exchange::PerExpert,
         Mode::Dedup if levels => Exchange::PerNode,
@@ -79,16 +101,10 @@ pub(crate) fn mode(
         }
     };
     let row_bytes = rows as f64 * (setting.hidden * 4) as f64 / world;
-    let latency = |rounds: usize| {
-        let c = &machine.cluster;
-        let intra = c.intra.latency_s * (c.ranks_per_node - 1) as f64;
-        let inter = c.inter.map_or(0.0, |i| i.link.latency_s * (world as usize - c.ranks_per_node) as f64);
-        rounds as f64 * (intra + inter)
-    };
     let seconds = |rates: &Rates, wire: f64, rounds: usize, parts: usize, pairs_factor: f64| {
         let (plan, moving) = (rates.plan_per_pair * pairs, rates.move_per_byte * row_bytes);
         let compute = rates.compute_per_pair * pairs * load * pairs_factor;
-        let wire = wire + latency(rounds);
+        let wire = wire + latency(&machine.cluster, rounds);
         let (long, short) = (wire.max(compute), wire.min(compute));
         Seconds { total: plan + moving + long + short / parts.max(1) as f64, plan, moving, compute, wire }
     };
@@ -113,27 +129,52 @@ pub(crate) fn is_small(setting: &Setting, options: &LayerOptions) -> bool {
     setting.step.max_tokens() <= options.small_batch_tokens
 }
 
-fn bytes(
+/// Seconds of so many rounds of all-to-alls that carry next to nothing.
+pub(crate) fn latency(cluster: &Cluster, rounds: usize) -> f64 {
+    let own = cluster.intra.latency_s * (cluster.ranks_per_node - 1) as f64;
+    let others = ((cluster.nodes - 1) * cluster.ranks_per_node) as f64;
+    rounds as f64 * (own + cluster.inter.map_or(0.0, |i| i.link.latency_s * others))
+}
+
+/// Bytes of the forward pass of all ranks' tokens, in so many parts.
+pub(crate) fn forward_bytes(
     setting: &Setting,
-    layer: &ExpertParallelLayer,
+    placement: &LayerPlacement,
+    options: &LayerOptions,
     routing: &RoutingBuf,
-    parts: Parts,
-) -> Result<WireBytes> {
-    let options = layer.options();
-    let small = is_small(setting, options);
-    let straight = LayerOptions { two_level: TwoLevel::Off, ..options.clone() };
-    let inference = if small { &straight } else { options };
-    let (k, d) = (routing.top_k, setting.hidden);
-    let mut sum = WireBytes::default();
+    parts: usize,
+) -> Result<u64> {
+    let mut sum = 0;
+    for_ranks(setting, placement, options, routing, |of| sum += of.forward_wire())?;
+    Ok(sum + setting.world() as u64 * count_bytes(options, parts).wire())
+}
+
+/// Bytes of forward and backward.
+fn all_bytes(
+    setting: &Setting,
+    placement: &LayerPlacement,
+    options: &LayerOptions,
+    routing: &RoutingBuf,
+    parts: usize,
+) -> Result<u64> {
+    let mut sum = 0;
+    for_ranks(setting, placement, options, routing, |of| sum += of.forward_wire() + of.backward_wire())?;
+    Ok(sum + setting.world() as u64 * count_bytes(options, parts).wire())
+}
+
+fn for_ranks(
+    setting: &Setting,
+    placement: &LayerPlacement,
+    options: &LayerOptions,
+    routing: &RoutingBuf,
+    mut each: impl FnMut(RankBytes),
+) -> Result<()> {
+    let k = routing.top_k;
     for rank in 0..setting.world() {
         let tokens = setting.tokens_of(rank);
         let ids = &routing.expert_ids[tokens.start * k..tokens.end * k];
-        let routing = Routing::new(routing.num_experts, k, ids)?;
-        let predicted = |options| predict_bytes(rank, &routing, layer.placement(), options, d);
-        let forward = predicted(inference)?;
-        let both = predicted(options)?;
-        sum.forward += forward.forward_wire() + count_bytes(inference, parts.forward).wire();
-        sum.both += both.forward_wire() + both.backward_wire() + count_bytes(options, parts.both).wire();
+        let of_rank = Routing::new(routing.num_experts, k, ids)?;
+        each(predict_bytes(rank, &of_rank, placement, options, setting.hidden)?);
     }
-    Ok(sum)
+    Ok(())
 }

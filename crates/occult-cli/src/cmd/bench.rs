@@ -9,7 +9,7 @@ use occult_model::spec::AttentionSpec;
 use occult_model::{Batch, Decoder, Logits, ModelSpec, RoutingRecord, Threads, prefill};
 use serde_json::{Value, json};
 
-use crate::bench::layer;
+use crate::bench::{exchange, layer, step};
 use crate::model_args::{BenchArgs, BenchModelArgs, BenchWhat, Phase};
 use crate::output::{Table, figure, print, print_json};
 use crate::{model, progress};
@@ -21,6 +21,8 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         BenchWhat::Model(args) => bench_model(args),
         BenchWhat::Layer(args) => layer::run(args),
+        BenchWhat::Exchange(args) => exchange::run(args),
+        BenchWhat::Step(args) => step::run(args),
     }
 }
 
