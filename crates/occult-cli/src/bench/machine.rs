@@ -19,6 +19,9 @@ const PEAK_ROUNDS: usize = 10;
 /// What does not limit.
 const UNLIMITED: f64 = 1e15;
 const PROBES: usize = 5;
+/// Parts of the probe that tells what one more part costs, and how often it is taken.
+const PROBE_PARTS: usize = 4;
+const PART_PROBES: usize = 3;
 /// Bytes per peer of the small and the large probe, at least and at most.
 const LEAST_BYTES: usize = 1 << 16;
 const MOST_BYTES: usize = 8 << 20;
@@ -32,6 +35,8 @@ pub(crate) struct Rates {
     pub(crate) move_per_byte: f64,
     /// Seconds of expert products per (token, expert) pair a rank computes.
     pub(crate) compute_per_pair: f64,
+    /// Seconds of expert products for every further part that a step is cut into: weights are read again.
+    pub(crate) compute_per_part: f64,
 }
 
 /// The same on every rank.
@@ -124,30 +129,39 @@ pub(crate) fn machine(
     pooled: bool,
 ) -> Result<Machine> {
     let mut cluster = wire(setting)?;
-    let options = setting.options(ModeName::Dedup, &Overlap::Off, small_batch);
-    let layer = setting.layer(ModeName::Dedup, options, threads)?;
     let (tokens, e) = (setting.tokens_of(setting.comm.rank()), setting.routing.router.num_experts);
     let logits = &setting.routing.probe_logits[tokens.start * e..tokens.end * e];
     let rows = Rows::new(setting, logits)?;
-    let decision = layer.decide(logits)?;
-    let mut steps: [Vec<StepSeconds>; 2] = Default::default();
-    for probe in 0..=PROBES {
-        let (step, _) = forward(setting, &layer, experts, &rows)?;
-        if probe > 0 {
-            steps[0].push(step);
-        }
-        if backward {
-            let step = forward_backward(setting, &layer, experts, &rows)?;
+    let probe = |overlap, times| -> Result<(ExpertParallelLayer, [Vec<StepSeconds>; 2])> {
+        let options = setting.options(ModeName::Dedup, &overlap, small_batch);
+        let layer = setting.layer(ModeName::Dedup, options, threads)?;
+        let mut steps: [Vec<StepSeconds>; 2] = Default::default();
+        for probe in 0..=times {
+            let (step, _) = forward(setting, &layer, experts, &rows)?;
             if probe > 0 {
-                steps[1].push(step);
+                steps[0].push(step);
+            }
+            if backward {
+                let step = forward_backward(setting, &layer, experts, &rows)?;
+                if probe > 0 {
+                    steps[1].push(step);
+                }
             }
         }
-    }
+        Ok((layer, steps))
+    };
+    let (layer, steps) = probe(Overlap::Off, PROBES)?;
+    let decision = layer.decide(logits)?;
+    let (_, in_parts) = probe(Overlap::Chunks(PROBE_PARTS), PART_PROBES)?;
     let work = Work::of(setting, &layer, &decision.routing)?;
-    let forward = rates(setting, &steps[0], work)?;
-    let both = if backward { Some(rates(setting, &steps[1], work)?) } else { None };
-    let per_pair = 6.0 * (setting.hidden * setting.ffn) as f64;
-    cluster.compute.flops_per_s = per_pair / forward.compute_per_pair.max(1e-15);
+    let forward = rates(setting, &steps[0], &in_parts[0], work)?;
+    let both = if backward { Some(rates(setting, &steps[1], &in_parts[1], work)?) } else { None };
+    let (d, f, e) = (setting.hidden as f64, setting.ffn as f64, setting.routing.router.num_experts as f64);
+    cluster.compute.flops_per_s = 6.0 * d * f / forward.compute_per_pair.max(1e-15);
+    // As the cost model has it: one more part reads all weights of a rank again.
+    let weight_bytes = 3.0 * d * f * 4.0 * e / setting.world() as f64;
+    let per_part = forward.compute_per_part.max(weight_bytes / UNLIMITED);
+    cluster.compute.memory_bandwidth_bytes_per_s = weight_bytes / per_part;
     Ok(Machine { cluster, forward, both, pooled })
 }
 
@@ -173,21 +187,26 @@ impl Work {
     }
 }
 
-fn rates(setting: &Setting, steps: &[StepSeconds], work: Work) -> Result<Rates> {
-    let figures: Vec<f64> = steps.iter().flat_map(StepSeconds::figures).collect();
-    let ranks: Vec<Vec<StepSeconds>> = setting
-        .gather(&figures)?
-        .iter()
-        .map(|rank| rank.chunks_exact(StepSeconds::FIGURES).map(StepSeconds::from_figures).collect())
-        .collect();
+fn rates(setting: &Setting, steps: &[StepSeconds], in_parts: &[StepSeconds], work: Work) -> Result<Rates> {
+    let gather = |steps: &[StepSeconds]| -> Result<Vec<Vec<StepSeconds>>> {
+        let figures: Vec<f64> = steps.iter().flat_map(StepSeconds::figures).collect();
+        let all = setting.gather(&figures)?;
+        let of = |rank: &Vec<f64>| {
+            rank.chunks_exact(StepSeconds::FIGURES).map(StepSeconds::from_figures).collect()
+        };
+        Ok(all.iter().map(of).collect())
+    };
+    let ranks = gather(steps)?;
     let pass = PassSeconds::of(&ranks);
     let (p, world) = (pass.phases, setting.world() as f64);
+    let more = PassSeconds::of(&gather(in_parts)?).phases.compute - p.compute;
     // What no phase says (allocation, autograd's own work) goes with the rows.
     let other = (mean_total(&ranks) - p.plan - p.moving - p.compute - p.wire).max(0.0);
     Ok(Rates {
         plan_per_pair: p.plan * world / work.pairs,
         move_per_byte: (p.moving + other) * world / work.row_bytes,
         compute_per_pair: p.compute * world / work.pairs,
+        compute_per_part: (more / (PROBE_PARTS - 1) as f64).max(0.0),
     })
 }
 

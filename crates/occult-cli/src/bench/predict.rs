@@ -103,7 +103,8 @@ pub(crate) fn mode(
     let row_bytes = rows as f64 * (setting.hidden * 4) as f64 / world;
     let seconds = |rates: &Rates, wire: f64, rounds: usize, parts: usize, pairs_factor: f64| {
         let (plan, moving) = (rates.plan_per_pair * pairs, rates.move_per_byte * row_bytes);
-        let compute = rates.compute_per_pair * pairs * load * pairs_factor;
+        let again = rates.compute_per_part * (parts.max(1) - 1) as f64;
+        let compute = rates.compute_per_pair * pairs * load * pairs_factor + again;
         let wire = wire + latency(&machine.cluster, rounds);
         let (long, short) = (wire.max(compute), wire.min(compute));
         Seconds { total: plan + moving + long + short / parts.max(1) as f64, plan, moving, compute, wire }
