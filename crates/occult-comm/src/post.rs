@@ -41,4 +41,7 @@ pub(crate) trait Post: Send + Sync + Debug {
 
     /// Tells every rank of the world that this one fails.
     fn abort(&self, reason: &str);
+
+    /// What this rank is about to do or wait for, and the ranks it takes: said when it must end without a word of MPI.
+    fn note(&self, _what: &str, _ranks: &dyn Fn() -> Vec<usize>) {}
 }

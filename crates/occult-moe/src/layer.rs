@@ -217,7 +217,7 @@ impl ExpertParallelLayer {
                 Some(compute) => Some(self.timers.time(Phase::Compute, compute)?),
                 None => None,
             };
-            let in_parts = num_chunks > 1 && experts.are_f32();
+            let in_parts = self.options.overlap != Overlap::Off && experts.are_f32();
             let walk = if in_parts { Self::in_parts } else { Self::op_by_op };
             let y = walk(self, &x, &weights, experts, parts.into_iter().zip(dispatches).collect())?;
             Ok(match shared {

@@ -4,7 +4,10 @@
 //! | | started first, for every part | part after part | at the end |
 //! |---|---|---|---|
 //! | forward | dispatch | wait for rows; expert products; start combine | wait for combine |
-//! | backward | gradients of combine | wait; gradients of the products; start gradients of dispatch | wait for these |
+//! | backward | gradients of combine | wait; gradients of the products; start gradients of dispatch | gradients of the up weights; wait |
+//!
+//! Gradients of weights wait for nobody: those of the up weights, two thirds of them, are computed while the last rows are
+//! on their way.
 //!
 //! An op takes at most three tensors, so rows and routing weights are one, `[T, D + K]`. Kept for backward: received rows,
 //! pre-activations and row weights.
@@ -125,7 +128,7 @@ impl InParts {
         dy: &[f32],
         w_up: &[f32],
         w_down: &[f32],
-        mut d_up: Option<&mut [f32]>,
+        d_up: Option<&mut [f32]>,
         mut d_down: Option<&mut [f32]>,
     ) -> Result<Vec<f32>> {
         let (dims, d, k) = (self.dims, self.dims.hidden, self.top_k);
@@ -135,6 +138,7 @@ impl InParts {
             arriving.push(part.path.start_combine_backward(&dy[part.tokens.start * d..part.tokens.end * d])?);
         }
         let mut leaving = Vec::with_capacity(self.parts.len());
+        let mut all_d_pre = Vec::with_capacity(self.parts.len());
         for (part, arriving) in self.parts.iter().zip(arriving) {
             let Part { path, sparse, expanded, x, pre, row_weights, .. } = part;
             let dy = path.finish_combine_backward(arriving)?;
@@ -148,10 +152,20 @@ impl InParts {
                     d_w_down: d_down.as_deref_mut(),
                 };
                 merge_bwd(&self.threads, sparse, dims, inputs, &dy, grads).map_err(kernel)?;
-                let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: d_up.as_deref_mut() };
+                let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: None };
                 scatter_bwd(&self.threads, sparse, dims, x, &w_up, &d_pre, grads).map_err(kernel)
             })?;
             leaving.push(path.start_dispatch_backward(&dx, &by_pair(expanded, &d_row_weights))?);
+            all_d_pre.push(d_pre);
+        }
+        if let Some(d_up) = d_up {
+            for (part, d_pre) in self.parts.iter().zip(all_d_pre) {
+                part.path.timers().time(Phase::Compute, || {
+                    let grads = ScatterGrads { dx: None, d_w_up: Some(&mut *d_up) };
+                    scatter_bwd(&self.threads, &part.sparse, dims, &part.x, &w_up, &d_pre, grads)
+                        .map_err(kernel)
+                })?;
+            }
         }
         let tokens = dy.len().checked_div(d).unwrap_or(0);
         let mut out = Vec::with_capacity(tokens * (d + k));

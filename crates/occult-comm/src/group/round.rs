@@ -173,6 +173,7 @@ impl Round {
         let mut left = None;
         for round in 0.. {
             let seen = mailbox.version();
+            post.note(self.what, &|| self.missing_ranks());
             post.progress()?;
             let mut gone = None;
             if self.collect(&mut gone)? {

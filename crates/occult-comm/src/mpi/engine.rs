@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::envelope::{ENVELOPE_BYTES, Envelope, INLINE_BYTES};
-use super::wire::{Outgoing, Receiving, Sending, WireResult};
+use super::wire::{Outgoing, Receiving, Sending, WireResult, test_some};
 use crate::Buffer;
 use crate::letter::{Address, Letter, Payload, cut};
 use crate::mailbox::{Failure, Mailbox};
@@ -13,8 +13,9 @@ use crate::mailbox::{Failure, Mailbox};
 const ENVELOPE_TAG: u32 = 1;
 /// Payloads are tagged in turn, from 2 on; every MPI has tags up to 32,767.
 const NUM_TAGS: u32 = 30_000;
-/// Longest message: lengths are C ints.
-const PIECE_BYTES: usize = 1 << 30;
+/// Longest message. Below the 64 KiB up to which Open MPI sends over TCP at once: a longer one waits until the receiver has
+/// called MPI twice, so that rows for a rank that computes would stand still.
+const PIECE_BYTES: usize = 60 * 1024;
 /// Longest reason that is told to others.
 const REASON_BYTES: usize = 2000;
 
@@ -98,35 +99,39 @@ impl Engine {
     /// Moves what can be moved, without waiting. Returns whether anything was finished.
     pub(super) fn progress(&mut self, mailbox: &Mailbox) -> WireResult<bool> {
         let mut moved = false;
-        while let Some(envelope) = &mut self.envelope {
-            let Some((message, from, len)) = envelope.test()? else { break };
-            self.envelope = Some(next_envelope()?);
-            self.open(from, message.as_bytes().get(..len).unwrap_or(&[]), mailbox)?;
+        while self.test()? {
             moved = true;
+            if let Some((message, from, len)) = self.envelope.as_mut().and_then(Receiving::take) {
+                self.envelope = Some(next_envelope()?);
+                self.open(from, message.as_bytes().get(..len).unwrap_or(&[]), mailbox)?;
+            }
+            self.sending.retain(|sending| !sending.is_done());
+            self.deliver(mailbox);
         }
+        Ok(moved)
+    }
+
+    /// Asks MPI once about everything that is under way. Returns whether anything was finished.
+    fn test(&mut self) -> WireResult<bool> {
+        let landings = self.arriving.iter_mut().flatten().filter_map(|letter| letter.landing.as_mut());
+        let receiving = self.envelope.iter_mut().chain(landings).flat_map(Receiving::requests);
+        test_some(receiving.chain(self.sending.iter_mut().map(Sending::request)))
+    }
+
+    /// Hands on the letters that are complete and have none before them.
+    fn deliver(&mut self, mailbox: &Mailbox) {
         for letters in &mut self.arriving {
             while let Some(first) = letters.front_mut() {
                 if let Some(landing) = &mut first.landing {
-                    let Some((buffer, ..)) = landing.test()? else { break };
+                    let Some((buffer, ..)) = landing.take() else { break };
                     first.letter.payload = Payload::whole(buffer);
                     first.landing = None;
                 }
                 if let Some(done) = letters.pop_front() {
                     mailbox.deliver(done.address, done.letter);
-                    moved = true;
                 }
             }
         }
-        let mut at = 0;
-        while at < self.sending.len() {
-            if self.sending[at].test()? {
-                self.sending.swap_remove(at);
-                moved = true;
-            } else {
-                at += 1;
-            }
-        }
-        Ok(moved)
     }
 
     fn open(&mut self, from: usize, message: &[u8], mailbox: &Mailbox) -> WireResult<()> {
@@ -159,7 +164,8 @@ impl Engine {
     /// Stops listening, so that MPI can be finalised. `false` as long as MPI has not let go.
     pub(super) fn stop_listening(&mut self) -> WireResult<bool> {
         let Some(envelope) = &mut self.envelope else { return Ok(true) };
-        if envelope.test()?.is_some() {
+        test_some(envelope.requests().iter_mut())?;
+        if envelope.take().is_some() {
             self.envelope = None;
         }
         Ok(self.envelope.is_none())

@@ -70,6 +70,9 @@ where
         wire::return_errors()?;
         let post = Arc::new(MpiPost::new(rank, num_ranks, options.limit, stop_flag())?);
         let helper = Helper::start(&post).map_err(|error| error.to_string())?;
+        let speaking = Arc::clone(&post);
+        let speaker = std::thread::Builder::new().name("mpi-stop".into());
+        speaker.spawn(move || speaking.speak_when_stopped()).map_err(|error| error.to_string())?;
         Ok((post, helper))
     };
     let (post, helper) = start().map_err(|reason| not_started(&reason))?;

@@ -23,6 +23,10 @@ const HELPER_LINGER: Duration = Duration::from_millis(50);
 /// How long a failing rank itself pushes the news out.
 const ABORT_PUSH: Duration = Duration::from_millis(200);
 
+/// How often a thread looks whether the process has been told to end, and how long it then leaves the word to others.
+const STOP_PERIOD: Duration = Duration::from_millis(100);
+const STOP_PATIENCE: Duration = Duration::from_millis(400);
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct MpiPost {
@@ -41,6 +45,10 @@ pub(super) struct MpiPost {
     stop: AtomicBool,
     /// Set when the launcher asks the process to end.
     stopped: Arc<AtomicBool>,
+    /// Operation and ranks of the last call that may not come back from MPI.
+    doing: Mutex<(String, Vec<usize>)>,
+    /// This rank's failure is on its way to its user.
+    failed: AtomicBool,
 }
 
 impl MpiPost {
@@ -62,6 +70,8 @@ impl MpiPost {
             helper_asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             stopped,
+            doing: Mutex::default(),
+            failed: AtomicBool::new(false),
         })
     }
 
@@ -120,6 +130,29 @@ impl MpiPost {
         }
     }
 
+    /// Open MPI holds a call for ever that needs a rank that died, until its launcher kills the caller a second after it has
+    /// asked it to end. Says in that second what this rank was doing. Runs in a thread of its own, as long as the process.
+    pub(super) fn speak_when_stopped(&self) -> ! {
+        while !self.stopped() {
+            std::thread::sleep(STOP_PERIOD);
+        }
+        std::thread::sleep(STOP_PATIENCE);
+        if !self.failed.load(Ordering::Relaxed) {
+            let doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
+            let (what, waiting_for) = (&doing.0, &doing.1);
+            let ranks: Vec<String> = waiting_for.iter().map(usize::to_string).collect();
+            eprintln!(
+                "rank {}: `{what}` was told to stop while MPI held it up; it needs rank {}",
+                self.rank,
+                ranks.join(", ")
+            );
+            std::process::abort();
+        }
+        loop {
+            std::thread::park();
+        }
+    }
+
     /// Ends the helper.
     pub(super) fn stop(&self) {
         self.stop.store(true, Ordering::Release);
@@ -172,6 +205,7 @@ impl Post for MpiPost {
     }
 
     fn send(&self, to: usize, address: Address, letter: Letter) -> Result<()> {
+        self.note(&letter.what, &|| vec![to]);
         self.with_engine(|engine| engine.send(to, address, letter))?;
         self.wake_helper();
         Ok(())
@@ -205,11 +239,23 @@ impl Post for MpiPost {
         self.stopped.load(Ordering::Relaxed)
     }
 
+    fn note(&self, what: &str, ranks: &dyn Fn() -> Vec<usize>) {
+        let mut doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
+        doing.0.clear();
+        doing.0.push_str(what);
+        doing.1 = ranks();
+    }
+
     fn abort(&self, reason: &str) {
         // A rank that fails because another one did passes that one's name on.
         let own = Failure { rank: self.rank, reason: reason.to_owned() };
         let failure = self.mailbox.failure().unwrap_or(own);
         self.mailbox.fail(failure.clone());
+        self.failed.store(true, Ordering::Relaxed);
+        if self.stopped() {
+            // The launcher ends all ranks; a message to one that is dead might never return.
+            return;
+        }
         // Best effort: those who cannot be told find out at their deadline.
         let _ = self.with_engine(|engine| engine.send_failure(&failure));
         let _ = self.poll_until(ABORT_PUSH, |engine| {

@@ -58,8 +58,9 @@ impl Outgoing {
 /// A send under way. Dropped before it is done, it leaks its bytes: MPI may still read them.
 #[derive(Debug)]
 pub(super) struct Sending {
-    request: ffi::MPI_Request,
-    keep: Option<Outgoing>,
+    request: Request,
+    /// Freed when the request is done.
+    keep: Outgoing,
 }
 
 impl Sending {
@@ -81,28 +82,31 @@ impl Sending {
                 &raw mut request,
             )
         })?;
-        Ok(Self { request, keep: Some(bytes) })
+        Ok(Self { request: Request::new(request), keep: bytes })
+    }
+
+    pub(super) fn request(&mut self) -> &mut Request {
+        &mut self.request
     }
 
     /// Whether the bytes are free again.
-    pub(super) fn test(&mut self) -> WireResult<bool> {
-        if self.keep.is_some() && test(&mut self.request)?.is_some() {
-            self.keep = None;
-        }
-        Ok(self.keep.is_none())
+    pub(super) fn is_done(&self) -> bool {
+        self.request.done.is_some()
     }
 }
 
 impl Drop for Sending {
     fn drop(&mut self) {
-        std::mem::forget(self.keep.take());
+        if !self.is_done() {
+            std::mem::forget(std::mem::replace(&mut self.keep, Outgoing::Own(Box::default())));
+        }
     }
 }
 
 /// A buffer being filled by one or more messages. Dropped before it is done, it leaks the buffer: MPI may still write.
 #[derive(Debug)]
 pub(super) struct Receiving {
-    requests: Vec<ffi::MPI_Request>,
+    requests: Vec<Request>,
     buffer: Option<Buffer>,
 }
 
@@ -136,28 +140,29 @@ impl Receiving {
                     &raw mut request,
                 )
             })?;
-            receiving.requests.push(request);
+            receiving.requests.push(Request::new(request));
         }
         Ok(receiving)
     }
 
+    pub(super) fn requests(&mut self) -> &mut [Request] {
+        &mut self.requests
+    }
+
     /// The buffer when it is filled, with the sender and the length of the last message.
-    pub(super) fn test(&mut self) -> WireResult<Option<(Buffer, usize, usize)>> {
+    pub(super) fn take(&mut self) -> Option<(Buffer, usize, usize)> {
         let mut last = (0, 0);
-        while let Some(request) = self.requests.first_mut() {
-            match test(request)? {
-                Some(done) => last = done,
-                None => return Ok(None),
-            }
-            self.requests.remove(0);
+        for request in &self.requests {
+            last = request.done?;
         }
-        Ok(self.buffer.take().map(|buffer| (buffer, last.0, last.1)))
+        self.buffer.take().map(|buffer| (buffer, last.0, last.1))
     }
 
     /// Asks MPI to give up; `test` tells when it has.
     pub(super) fn cancel(&mut self) -> WireResult<()> {
-        // SAFETY: requests in the list are active.
-        self.requests.iter_mut().try_for_each(|request| check(unsafe { ffi::MPI_Cancel(request) }))
+        let active = self.requests.iter_mut().filter(|request| request.done.is_none());
+        // SAFETY: a request that is not done is active.
+        active.map(|request| check(unsafe { ffi::MPI_Cancel(&raw mut request.handle) })).collect()
     }
 }
 
@@ -167,21 +172,52 @@ impl Drop for Receiving {
     }
 }
 
-/// Sender and length of what came, when the request is done.
-fn test(request: &mut ffi::MPI_Request) -> WireResult<Option<(usize, usize)>> {
-    let mut flag: c_int = 0;
-    // SAFETY: a status is a plain C struct of numbers, for which all zeros is a value.
-    let mut status: ffi::MPI_Status = unsafe { std::mem::zeroed() };
-    // SAFETY: the request belongs to this rank and is active; the pointers are those of locals.
-    check(unsafe { ffi::MPI_Test(request, &raw mut flag, &raw mut status) })?;
-    if flag == 0 {
-        return Ok(None);
+/// A message under way.
+#[derive(Debug)]
+pub(super) struct Request {
+    handle: ffi::MPI_Request,
+    /// Sender and length of what came (of a send nobody asks for them). The handle is active until then.
+    done: Option<(usize, usize)>,
+}
+
+impl Request {
+    fn new(handle: ffi::MPI_Request) -> Self {
+        Self { handle, done: None }
     }
+}
+
+/// Tests messages, all in one call: a test moves data and looks at every connection, so one for each message would cost as
+/// many looks. Returns whether any was finished.
+pub(super) fn test_some<'a>(requests: impl Iterator<Item = &'a mut Request>) -> WireResult<bool> {
+    let mut active: Vec<&mut Request> = requests.filter(|request| request.done.is_none()).collect();
+    let mut handles: Vec<ffi::MPI_Request> = active.iter().map(|request| request.handle).collect();
+    let mut indices: Vec<c_int> = vec![0; handles.len()];
+    // SAFETY: a status is a plain C struct of numbers, for which all zeros is a value.
+    let mut statuses: Vec<ffi::MPI_Status> = vec![unsafe { std::mem::zeroed() }; handles.len()];
     let mut count: c_int = 0;
-    // SAFETY: MPI has filled the status.
-    check(unsafe { ffi::MPI_Get_count(&raw const status, ffi::RSMPI_UINT8_T, &raw mut count) })?;
-    // A send has no source; nobody asks for it.
-    Ok(Some((usize::try_from(status.MPI_SOURCE).unwrap_or(0), usize::try_from(count).unwrap_or(0))))
+    // SAFETY: the handles are active requests of this rank; the three arrays have room for all of them.
+    let code = unsafe {
+        ffi::MPI_Testsome(
+            int(handles.len())?,
+            handles.as_mut_ptr(),
+            &raw mut count,
+            indices.as_mut_ptr(),
+            statuses.as_mut_ptr(),
+        )
+    };
+    check(code)?;
+    // MPI_UNDEFINED, when there was nothing to test, is negative.
+    let count = usize::try_from(count).unwrap_or(0);
+    for (&index, status) in indices.iter().zip(&statuses).take(count) {
+        let mut len: c_int = 0;
+        // SAFETY: MPI has filled the status.
+        check(unsafe { ffi::MPI_Get_count(&raw const *status, ffi::RSMPI_UINT8_T, &raw mut len) })?;
+        let done = (usize::try_from(status.MPI_SOURCE).unwrap_or(0), usize::try_from(len).unwrap_or(0));
+        if let Some(request) = usize::try_from(index).ok().and_then(|index| active.get_mut(index)) {
+            request.done = Some(done);
+        }
+    }
+    Ok(count > 0)
 }
 
 fn int(value: usize) -> WireResult<c_int> {
