@@ -274,6 +274,7 @@ fn main() {
             layer(&bench, "layer 4096 tokens", &routing(4096, false), &weights, true);
         }
         if wanted("skew") {
+            layer(&bench, "layer 4096 tokens, balanced", &routing(4096, false), &weights, false);
             layer(&bench, "layer 4096 tokens, one expert half", &routing(4096, true), &weights, false);
         }
         if wanted("decode") {
