@@ -89,7 +89,7 @@ fn logits_of_four_ranks_are_those_of_one() {
         for rows in ["3", "1024"] {
             for more in [&["--mode", "dedup"][..], &["--mode", "conventional"], &["--overlap", "2"]] {
                 let args = ["logits", &model(case), "--ids", &ids, "--out", &four, "--batch-tokens", rows];
-                done(&[&args, &["--ranks", "4"], more].concat());
+                done(&[&args[..], &["--ranks", "4"], more].concat());
                 assert_equal(&four, &one, &format!("{case} {rows} {more:?}"));
             }
         }

@@ -1,6 +1,8 @@
 //! Figures of the kernels beside the limits of the machine, measured in the same run.
 //!
-//! `cargo bench -p occult-kernels -- [--threads N] [--seconds S] [PART ..]`; parts: layer, skew, decode, dense, latency.
+//! `cargo bench -p occult-kernels -- [--threads N] [--seconds S] [PART ..]`; parts: layer, layer1024, skew, decode,
+//! dense, latency, memory (the peak memory of forward and backward at 4,096 tokens; alone, not by default).
+//! `--seconds 0`: one call each, after one that is not counted.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -39,7 +41,9 @@ impl Bench {
     fn time(&self, mut call: impl FnMut()) -> f64 {
         call();
         let (start, mut times) = (Instant::now(), Vec::new());
-        while times.len() < 3 || (start.elapsed().as_secs_f64() < self.seconds && times.len() < 200) {
+        while times.len() < if self.seconds > 0.0 { 3 } else { 1 }
+            || (start.elapsed().as_secs_f64() < self.seconds && times.len() < 200)
+        {
             let start = Instant::now();
             call();
             times.push(start.elapsed().as_secs_f64());
@@ -182,6 +186,13 @@ fn layer(bench: &Bench, name: &str, rows: &SparseRows, weights: &Weights, backwa
     bench.compute(&format!("{name} {} forward+backward", weights.name()), 3.0 * flop, seconds);
 }
 
+/// Peak memory of this process in bytes, where the system tells.
+fn peak_memory_bytes() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().trim_end_matches(" kB").parse::<f64>().ok()? * 1024.0)
+}
+
 fn decode(bench: &Bench, tokens: usize, weights: &Weights) {
     let ExpertDims { hidden: d, intermediate: f } = OLMOE;
     let rows = routing(tokens, false);
@@ -263,10 +274,21 @@ fn main() {
     for f32 in [true, false] {
         let wanted =
             |part: &str| wants(part) || wants(&format!("{part}-{}", if f32 { "f32" } else { "bf16" }));
-        if !["layer", "layer1024", "skew", "decode"].iter().any(|part| wanted(part)) {
+        if !["layer", "layer1024", "skew", "decode", "memory"].iter().any(|part| wanted(part)) {
             continue;
         }
         let weights = Weights::new(f32);
+        if parts.iter().any(|part| part == "memory") {
+            layer(&bench, "layer 4096 tokens", &routing(4096, false), &weights, true);
+            let held = EXPERTS * 3 * OLMOE.hidden * OLMOE.intermediate * (4 + if f32 { 4 } else { 2 });
+            let peak = peak_memory_bytes().unwrap_or(f64::NAN);
+            println!(
+                "peak memory {:.2} GB, without weights and their gradients {:.2} GB",
+                peak / 1e9,
+                (peak - held as f64) / 1e9
+            );
+            return;
+        }
         if wanted("layer1024") {
             layer(&bench, "layer 1024 tokens", &routing(1024, false), &weights, true);
         }
@@ -274,6 +296,7 @@ fn main() {
             layer(&bench, "layer 4096 tokens", &routing(4096, false), &weights, true);
         }
         if wanted("skew") {
+            layer(&bench, "layer 4096 tokens, balanced", &routing(4096, false), &weights, false);
             layer(&bench, "layer 4096 tokens, one expert half", &routing(4096, true), &weights, false);
         }
         if wanted("decode") {

@@ -12,7 +12,8 @@ use crate::core::isa::{InstructionSet, Isa};
 
 /// The cores one rank may use. A clone shares the same workers; they end with the last clone.
 ///
-/// Workers wait for work by looking for a few microseconds and then sleeping. A call takes whichever workers come in
+/// Workers wait for work by looking for some hundred microseconds, soon offering the core to others, and then
+/// sleeping. A call takes whichever workers come in
 /// time and never waits for one that sleeps through it, so a short call costs little. Two threads that share a
 /// `Threads` take turns; a call from inside a task runs on that task's thread.
 #[derive(Clone)]
@@ -32,6 +33,19 @@ const OPEN: u64 = 1 << 31;
 const INSIDE: u64 = OPEN - 1;
 /// Looks at the state before a waiting thread sleeps: some ten microseconds.
 const LOOKS: u32 = if cfg!(miri) { 1 } else { 3000 };
+/// Looks after those, each of which first offers the core to others: some hundred microseconds. The pauses between the
+/// operations of a decoding step are that long, and waking a sleeper costs as much as a short operation.
+const OFFERS: u32 = if cfg!(miri) { 1 } else { 300 };
+
+/// Waits a little before look number `look`; false when it is time to sleep.
+fn linger(look: u32) -> bool {
+    if look < LOOKS {
+        std::hint::spin_loop();
+    } else {
+        std::thread::yield_now();
+    }
+    look < LOOKS + OFFERS
+}
 
 struct Pool {
     state: AtomicU64,
@@ -204,9 +218,8 @@ impl Pool {
         self.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut looks = 0;
         while self.state.load(Ordering::Acquire) & INSIDE != 0 {
-            if looks < LOOKS {
+            if linger(looks) {
                 looks += 1;
-                std::hint::spin_loop();
             } else {
                 std::thread::park();
             }
@@ -256,9 +269,8 @@ impl Pool {
                     caller.unpark();
                 }
                 looks = 0;
-            } else if looks < LOOKS {
+            } else if linger(looks) {
                 looks += 1;
-                std::hint::spin_loop();
             } else {
                 let asleep = &self.sleepers[index].asleep;
                 asleep.store(true, Ordering::SeqCst);

@@ -160,9 +160,9 @@ impl Receiving {
 
     /// Asks MPI to give up; `test` tells when it has.
     pub(super) fn cancel(&mut self) -> WireResult<()> {
-        let active = self.requests.iter_mut().filter(|request| request.done.is_none());
+        let mut active = self.requests.iter_mut().filter(|request| request.done.is_none());
         // SAFETY: a request that is not done is active.
-        active.map(|request| check(unsafe { ffi::MPI_Cancel(&raw mut request.handle) })).collect()
+        active.try_for_each(|request| check(unsafe { ffi::MPI_Cancel(&raw mut request.handle) }))
     }
 }
 

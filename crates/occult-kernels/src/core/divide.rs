@@ -13,11 +13,12 @@ const COL_BLOCK: usize = 256;
 /// Blocks wanted for each thread, so that none waits long for the last.
 const BLOCKS_PER_THREAD: usize = 4;
 
-/// Calls `work(i, rows, cols)` for blocks that cover `shapes[i] = (m, n)`, for all i.
+/// Calls `work(i, rows, cols, next)` for blocks that cover `shapes[i] = (m, n)`, for all i; `next` are i and columns of
+/// the block that this thread is likely to work on then.
 pub(crate) fn for_each_block(
     threads: &Threads,
     shapes: &[(usize, usize)],
-    work: impl Fn(usize, Range<usize>, Range<usize>) + Sync,
+    work: impl Fn(usize, Range<usize>, Range<usize>, Option<(usize, Range<usize>)>) + Sync,
 ) {
     let unit = 2 * threads.isa().tile_cols;
     let row_blocks = |m: usize| m.div_ceil(ROW_BLOCK);
@@ -35,13 +36,22 @@ pub(crate) fn for_each_block(
             Some(*sum)
         })
         .collect();
-    threads.for_each(ends.last().copied().unwrap_or(0), |block| {
+    let last = ends.last().copied().unwrap_or(0);
+    let place = |block: usize| {
         let i = ends.partition_point(|&end| end <= block);
         let (m, n) = shapes[i];
         let block = block - if i == 0 { 0 } else { ends[i - 1] };
         let num_cols = n.div_ceil(width);
         let (row, col) = (block / num_cols, block % num_cols);
-        work(i, part(m, row, row_blocks(m)), col * width..n.min((col + 1) * width));
+        (i, part(m, row, row_blocks(m)), col * width..n.min((col + 1) * width))
+    };
+    threads.for_each(last, |block| {
+        let (i, rows, cols) = place(block);
+        let next = Some(block + threads.count()).filter(|&next| next < last).map(|next| {
+            let (i, _, cols) = place(next);
+            (i, cols)
+        });
+        work(i, rows, cols, next);
     });
 }
 
@@ -51,9 +61,10 @@ pub(crate) fn for_each_block(
 /// As [`Product::block`], for all of each product.
 pub(crate) unsafe fn run(threads: &Threads, products: &[Product<'_>]) {
     let shapes: Vec<_> = products.iter().map(|product| (product.m, product.n)).collect();
-    for_each_block(threads, &shapes, |i, rows, cols| {
+    for_each_block(threads, &shapes, |i, rows, cols, next| {
+        let next = next.map(|(i, cols)| (&products[i], cols));
         // SAFETY: the caller's promise; blocks do not overlap.
-        unsafe { products[i].block(threads.isa(), rows, cols) };
+        unsafe { products[i].block(threads.isa(), rows, cols, next) };
     });
 }
 
@@ -75,12 +86,14 @@ pub(crate) unsafe fn run_merged(threads: &Threads, num_rows: usize, n: usize, pr
     threads.for_each(num_cols * num_row_blocks, |block| {
         let (row, col) = (block / num_cols, block % num_cols);
         let wanted_rows = part(num_rows, row, num_row_blocks);
-        for product in products {
+        let cols = col * width..n.min((col + 1) * width);
+        for (i, product) in products.iter().enumerate() {
+            let next = products.get(i + 1).map(|next| (next, cols.clone()));
             let idx = product.c.idx.unwrap_or_default();
             let below = |limit: usize| idx.partition_point(|&row| (row as usize) < limit);
             let rows = below(wanted_rows.start)..below(wanted_rows.end);
             // SAFETY: the caller's promise; blocks are apart in columns or in the rows of C.
-            unsafe { product.block(threads.isa(), rows, col * width..n.min((col + 1) * width)) };
+            unsafe { product.block(threads.isa(), rows, cols.clone(), next) };
         }
     });
 }

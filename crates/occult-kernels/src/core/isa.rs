@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use half::{bf16, f16};
 
 use super::activation::{SwigluBwd, swiglu, swiglu_bwd};
+use super::ahead::Ahead;
 use super::dot::{self, Dot};
 use super::pack::{self, Panel};
 use super::tile::tile;
@@ -54,7 +55,7 @@ impl InstructionSet {
 /// Independent sums of [`Isa::fma_loop`]: more than two units times their latency, and few enough for 16 registers.
 pub(crate) const FMA_CHAINS: usize = 12;
 
-type TileFn = unsafe fn(usize, *const f32, *const f32, *const *mut f32, bool);
+type TileFn = unsafe fn(usize, *const f32, *const f32, *const *mut f32, bool, &Ahead);
 
 /// Kernels that read a stored type.
 pub(crate) struct ForType<T: 'static> {
@@ -165,17 +166,17 @@ macro_rules! isa {
             // after `Isa::get` has found the features.
             $(#[target_feature(enable = $features)])?
             unsafe fn by_rows<const MR: usize>(
-                k: usize, a: *const f32, b: *const f32, c: *const *mut f32, add: bool,
+                k: usize, a: *const f32, b: *const f32, c: *const *mut f32, add: bool, ahead: &Ahead,
             ) {
                 // SAFETY: see above.
-                unsafe { tile::<$simd, MR, $nv, A_STRIDE, 1>(k, a, b, c, add) }
+                unsafe { tile::<$simd, MR, $nv, A_STRIDE, 1>(k, a, b, c, add, ahead) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn by_steps<const MR: usize>(
-                k: usize, a: *const f32, b: *const f32, c: *const *mut f32, add: bool,
+                k: usize, a: *const f32, b: *const f32, c: *const *mut f32, add: bool, ahead: &Ahead,
             ) {
                 // SAFETY: see above.
-                unsafe { tile::<$simd, MR, $nv, 1, MAX_TILE_ROWS>(k, a, b, c, add) }
+                unsafe { tile::<$simd, MR, $nv, 1, MAX_TILE_ROWS>(k, a, b, c, add, ahead) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn transposed<T: Stored>(panel: &Panel<T>, to: *mut f32) {

@@ -5,6 +5,7 @@
 //! innermost one, `dot` for products with few rows, `isa` for the choice of instruction set.
 
 pub(crate) mod activation;
+mod ahead;
 pub(crate) mod divide;
 mod dot;
 pub(crate) mod isa;

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::ahead::{self, Ahead};
 use super::dot::Dot;
 use super::isa::{ForType, Isa};
 use super::pack::Panel;
@@ -76,7 +77,15 @@ impl Product<'_> {
     /// # Safety
     /// Pointers and indices stay inside their memory for all of the product, A and B are not written meanwhile, and
     /// nobody else touches these values of C.
-    pub(crate) unsafe fn block(&self, isa: &Isa, rows: Range<usize>, cols: Range<usize>) {
+    ///
+    /// `next`: what the caller will most likely ask for next, so that memory is asked for it meanwhile.
+    pub(crate) unsafe fn block(
+        &self,
+        isa: &Isa,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        next: Option<(&Self, Range<usize>)>,
+    ) {
         if rows.is_empty() || cols.is_empty() {
             return;
         }
@@ -89,7 +98,7 @@ impl Product<'_> {
             } else if self.few_rows {
                 self.dots(isa, rows, cols);
             } else {
-                self.packed(isa, rows, cols);
+                self.packed(isa, rows, cols, next);
             }
         }
     }
@@ -99,7 +108,13 @@ impl Product<'_> {
         unsafe { self.c.to.get().add(at(self.c.idx, row) * self.c.stride) }
     }
 
-    unsafe fn packed(&self, isa: &Isa, rows: Range<usize>, cols: Range<usize>) {
+    unsafe fn packed(
+        &self,
+        isa: &Isa,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        next: Option<(&Self, Range<usize>)>,
+    ) {
         let width = isa.tile_cols;
         let num_panels = cols.len().div_ceil(width);
         let step = k_block(self.k);
@@ -125,6 +140,14 @@ impl Product<'_> {
                     // SAFETY: the caller's promise; `to` has room for a panel of `k <= step` steps.
                     unsafe { self.pack_b(isa, col, width.min(cols.end - col), k0, k, to.as_mut_ptr()) };
                 }
+                let mut coming = if k0 + k < self.k {
+                    ahead::Block::of(self, cols.clone(), k0 + k..self.k.min(k0 + k + step))
+                } else {
+                    next.clone().and_then(|(product, cols)| {
+                        ahead::Block::of(product, cols, 0..k_block(product.k).min(product.k))
+                    })
+                };
+                let mut num_tiles = num_row_panels * num_panels;
                 for group in (0..num_row_panels).step_by(group_len) {
                     let group = group..num_row_panels.min(group + group_len);
                     for (i, to) in group.clone().zip(a_panels.chunks_exact_mut(a_panel_len)) {
@@ -139,17 +162,22 @@ impl Product<'_> {
                         for (panel, b) in b_panels.chunks_exact(panel_len).take(num_panels).enumerate() {
                             let col = cols.start + panel * width;
                             let len = width.min(cols.end - col);
+                            let ahead = match &mut coming {
+                                Some(block) => block.next(k, num_tiles),
+                                None => Ahead::NOTHING,
+                            };
+                            num_tiles -= 1;
                             // SAFETY: panels were packed for `k` steps just now; C as the caller promises, and the
                             // tile kernel's instructions are there because `isa` is.
                             unsafe {
                                 if len == width {
                                     let c = c_rows.map(|row| row.wrapping_add(col));
-                                    tile(k, a.as_ptr(), b.as_ptr(), c.as_ptr(), add);
+                                    tile(k, a.as_ptr(), b.as_ptr(), c.as_ptr(), add, &ahead);
                                 } else {
                                     let at = spare.as_mut_ptr();
                                     let c: [_; MAX_TILE_ROWS] =
                                         std::array::from_fn(|i| at.wrapping_add(i * MAX_TILE_COLS));
-                                    tile(k, a.as_ptr(), b.as_ptr(), c.as_ptr(), false);
+                                    tile(k, a.as_ptr(), b.as_ptr(), c.as_ptr(), false, &ahead);
                                     for i in 0..tile_rows.len() {
                                         for j in 0..len {
                                             let (value, to) = (*c[i].add(j), c_rows[i].add(col + j));
@@ -294,7 +322,7 @@ impl Product<'_> {
 }
 
 /// Number of stored row `i`.
-fn at(idx: Option<&[u32]>, i: usize) -> usize {
+pub(super) fn at(idx: Option<&[u32]>, i: usize) -> usize {
     idx.map_or(i, |idx| idx[i] as usize)
 }
 

@@ -1,5 +1,6 @@
 //! The innermost loop: a tile of C in registers.
 
+use super::ahead::{Ahead, STEPS};
 use crate::simd::Simd;
 
 /// `C (+)= A B` for a tile of `MR` rows and `NV` vectors.
@@ -9,6 +10,7 @@ use crate::simd::Simd;
 /// - `b`: `[k, NV * LANES]`
 /// - `c`: `[MR]` row pointers
 /// - `add`: adds to C instead of overwriting it
+/// - `ahead`: what to ask memory for meanwhile
 ///
 /// Each value of C is one accumulator, added to in ascending k; then it is stored or added to C.
 ///
@@ -27,6 +29,7 @@ pub(super) unsafe fn tile<
     mut b: *const f32,
     c: *const *mut f32,
     add: bool,
+    ahead: &Ahead,
 ) {
     // SAFETY: the caller's promise.
     unsafe {
@@ -39,19 +42,29 @@ pub(super) unsafe fn tile<
                 }
             }
         }
-        for _ in 0..k {
-            let mut columns = [S::splat(0.0); NV];
-            for (j, column) in columns.iter_mut().enumerate() {
-                *column = S::load(b.add(j * S::LANES));
+        let mut left = k;
+        let mut offset = 0;
+        while left > 0 {
+            for &line in &ahead.lines[..ahead.count] {
+                S::prefetch_far(line.wrapping_add(offset));
             }
-            for (i, acc) in acc.iter_mut().enumerate() {
-                let value = S::splat(*a.add(i * A_ROW));
-                for j in 0..NV {
-                    acc[j] = S::mul_add(value, columns[j], acc[j]);
+            offset += ahead.advance;
+            let now = if ahead.count == 0 { left } else { left.min(STEPS) };
+            left -= now;
+            for _ in 0..now {
+                let mut columns = [S::splat(0.0); NV];
+                for (j, column) in columns.iter_mut().enumerate() {
+                    *column = S::load(b.add(j * S::LANES));
                 }
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let value = S::splat(*a.add(i * A_ROW));
+                    for j in 0..NV {
+                        acc[j] = S::mul_add(value, columns[j], acc[j]);
+                    }
+                }
+                a = a.add(A_STEP);
+                b = b.add(NV * S::LANES);
             }
-            a = a.add(A_STEP);
-            b = b.add(NV * S::LANES);
         }
         for (i, acc) in acc.iter().enumerate() {
             let row = *c.add(i);

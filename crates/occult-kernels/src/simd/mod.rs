@@ -53,6 +53,11 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn prefetch(at: *const f32) {
         let _ = at;
     }
+    /// As [`Simd::prefetch`], for later: into the second-level cache.
+    #[inline(always)]
+    unsafe fn prefetch_far(at: *const u8) {
+        let _ = at;
+    }
 }
 
 /// A type weights are stored in.

@@ -184,14 +184,15 @@ pub(super) fn expert_ffn(
             })
             .collect();
         let shapes: Vec<_> = products.iter().map(|[gate, _]| (gate.m, gate.n)).collect();
-        for_each_block(threads, &shapes, |i, block_rows, cols| {
+        for_each_block(threads, &shapes, |i, block_rows, cols, next| {
             let first = group.pieces[i].rows.start;
             // SAFETY: shapes are checked; each block writes its own rows and columns of both branches, and then reads
             // and writes only those. `pre` has room for the group.
             unsafe {
-                for product in &products[i] {
-                    product.block(threads.isa(), block_rows.clone(), cols.clone());
-                }
+                let [gate, up] = &products[i];
+                gate.block(threads.isa(), block_rows.clone(), cols.clone(), Some((up, cols.clone())));
+                let next = next.map(|(i, cols)| (&products[i][0], cols));
+                up.block(threads.isa(), block_rows.clone(), cols.clone(), next);
                 for row in block_rows {
                     let gate = products[i][0].c.to.get().add(row * 2 * f + cols.start);
                     (threads.isa().swiglu)(cols.len(), gate, gate.add(f), row_weights[first + row], gate);
