@@ -19,7 +19,7 @@ fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 /// The weights that transformers made, without the reference beside them (it is no part of the model).
 fn model_files(case: &str) -> BTreeMap<String, Vec<u8>> {
     let mut files = contents(&dir(case));
-    files.remove("reference.safetensors");
+    files.retain(|name, _| !["reference.safetensors", "gradients.safetensors"].contains(&name.as_str()));
     files
 }
 
