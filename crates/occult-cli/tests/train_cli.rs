@@ -219,7 +219,7 @@ fn an_empty_data_file_is_refused() {
 fn a_binary_data_file_is_refused() {
     let room = Room::new();
     room.write("binary.txt", [b'a', 0xff, 0xfe, 0, 1, 2]);
-    assert!(refused_data(&room, "binary.txt").contains("not a UTF-8 text file"));
+    assert!(refused_data(&room, "binary.txt").contains("binary.txt, line 1: not a text file"));
 }
 
 #[test]
