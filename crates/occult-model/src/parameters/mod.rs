@@ -41,6 +41,8 @@ pub enum ParameterKind {
         /// The model's layer.
         layer: usize,
     },
+    /// The gate of a shared expert, `[1, D]`. Replicated.
+    SharedGate,
     /// Any other matrix: projections of attention, dense MLPs, shared experts. Replicated.
     Matrix,
 }
@@ -318,6 +320,7 @@ fn kind(info: &TensorInfo) -> ParameterKind {
         Role::Other if info.name.starts_with("lm_head.") => ParameterKind::Output,
         Role::Other if info.name.ends_with(".bias") => ParameterKind::Bias,
         Role::Other if info.shape.len() == 1 => ParameterKind::Norm,
+        Role::Other if info.shape[0] == 1 => ParameterKind::SharedGate,
         Role::Other => ParameterKind::Matrix,
     }
 }
