@@ -40,6 +40,8 @@ pub(super) struct Block<'a> {
     pub(super) starts: &'a [i32],
 }
 
+// Only x86-64 has kernels that are given this.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 /// What a kernel is given: sizes checked, pointers valid for them.
 #[derive(Clone, Copy)]
 struct Args {
@@ -61,6 +63,7 @@ pub(super) type Panel<'a> = (&'a [u8], &'a [bf16]);
 ///
 /// # Panics
 /// When a slice has the wrong length for the layout, or the block too many rows: errors of this crate, not of its callers.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 pub(super) fn tile(isa: Isa, layout: &Layout, block: Block<'_>, panels: &[Panel<'_>], out: &mut Tile) {
     let (rows, groups) = (block.rows, layout.groups());
     assert!(rows >= 1 && rows <= isa.max_rows() && isa.available(), "rows of the block");
