@@ -1,9 +1,11 @@
 //! The commands that read models, on the tiny checkpoints of occult-model and what transformers computes from them.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+mod common;
 
+use std::fs;
+use std::path::Path;
+
+use common::models::{Dir, done, fails, fixtures, model, occult};
 use occult_formats::{Columns, Profile};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -11,59 +13,13 @@ use serde_json::{Value, json};
 /// Largest difference of logits, as a part of their range.
 const LIMIT: f32 = 2e-4;
 
-fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../occult-model/tests/fixtures")
-}
-
-fn model(case: &str) -> String {
-    fixtures().join(case).to_str().expect("UTF-8").to_owned()
-}
-
-fn occult(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_occult")).args(args).output().expect("occult runs")
-}
-
-/// Standard output of a command that must succeed.
-fn done(args: &[&str]) -> String {
-    let out = occult(args);
-    assert!(out.status.success(), "occult {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stdout).expect("UTF-8")
-}
-
 fn done_json(args: &[&str]) -> Value {
     serde_json::from_str(&done(args)).expect("JSON")
 }
 
 /// The message of a command that must fail with exit code 1.
 fn refused(args: &[&str]) -> String {
-    let out = occult(args);
-    assert_eq!(out.status.code(), Some(1), "occult {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stderr).expect("UTF-8")
-}
-
-struct Dir(tempfile::TempDir);
-
-impl Dir {
-    fn new() -> Self {
-        Self(tempfile::tempdir().expect("a directory"))
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().expect("UTF-8").to_owned()
-    }
-
-    fn write(&self, name: &str, text: &str) -> String {
-        fs::write(self.path(name), text).expect("written");
-        self.path(name)
-    }
-
-    fn names(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.0.path()).expect("a directory");
-        let mut names: Vec<String> =
-            entries.map(|e| e.expect("entry").file_name().into_string().expect("UTF-8")).collect();
-        names.sort();
-        names
-    }
+    fails(args, 1)
 }
 
 struct Tensors(Vec<u8>);

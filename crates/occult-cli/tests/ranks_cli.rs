@@ -1,9 +1,11 @@
 //! Commands that run a model, with its experts over ranks: what one process gives.
 
+mod common;
+
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
 
+use common::models::{Dir, done, fails, model};
 use occult_formats::{Columns, Profile};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -11,54 +13,11 @@ use serde_json::{Value, json};
 /// Largest difference of logits, as a part of their range.
 const LIMIT: f32 = 2e-4;
 
-fn model(case: &str) -> String {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../occult-model/tests/fixtures");
-    fixtures.join(case).to_str().expect("UTF-8").to_owned()
-}
-
-fn occult(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_occult")).args(args).output().expect("occult runs")
-}
-
-fn done(args: &[&str]) -> String {
-    let out = occult(args);
-    assert!(out.status.success(), "occult {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stdout).expect("UTF-8")
-}
-
-fn refused(args: &[&str], code: i32) -> String {
-    let out = occult(args);
-    assert_eq!(out.status.code(), Some(code), "occult {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stderr).expect("UTF-8")
-}
-
-struct Dir(tempfile::TempDir);
-
-impl Dir {
-    fn new() -> Self {
-        Self(tempfile::tempdir().expect("a directory"))
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().expect("UTF-8").to_owned()
-    }
-
-    /// Sequences of these lengths.
-    fn ids(&self, lengths: &[usize]) -> String {
-        let one = |(i, &n): (usize, &usize)| (0..n).map(|t| (t * 7 + i * 13) % 60 + 1).collect::<Vec<_>>();
-        let sequences: Vec<_> = lengths.iter().enumerate().map(one).collect();
-        let path = self.path("ids.json");
-        fs::write(&path, json!(sequences).to_string()).expect("written");
-        path
-    }
-
-    fn names(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.0.path()).expect("a directory");
-        let mut names: Vec<String> =
-            entries.map(|e| e.expect("entry").file_name().into_string().expect("UTF-8")).collect();
-        names.sort();
-        names
-    }
+/// A file of sequences of these lengths.
+fn ids(dir: &Dir, lengths: &[usize]) -> String {
+    let one = |(i, &n): (usize, &usize)| (0..n).map(|t| (t * 7 + i * 13) % 60 + 1).collect::<Vec<_>>();
+    let sequences: Vec<_> = lengths.iter().enumerate().map(one).collect();
+    dir.write("ids.json", &json!(sequences).to_string())
 }
 
 /// `logits` and `expert_ids` of a file of `occult logits`.
@@ -82,7 +41,7 @@ fn assert_equal(got: &str, want: &str, what: &str) {
 #[test]
 fn logits_of_four_ranks_are_those_of_one() {
     let dir = Dir::new();
-    let ids = dir.ids(&[5, 11, 2, 11, 7]);
+    let ids = ids(&dir, &[5, 11, 2, 11, 7]);
     let (one, four) = (dir.path("one"), dir.path("four"));
     for case in ["olmoe", "qwen2_moe-fused", "qwen3_moe", "deepseek", "deepseek_v2-lite", "mixtral-f16"] {
         done(&["logits", &model(case), "--ids", &ids, "--out", &one]);
@@ -99,7 +58,7 @@ fn logits_of_four_ranks_are_those_of_one() {
 #[test]
 fn placements_come_from_a_file_or_a_profile() {
     let dir = Dir::new();
-    let ids = dir.ids(&[30, 30, 30]);
+    let ids = ids(&dir, &[30, 30, 30]);
     let (model, one, out) = (model("olmoe"), dir.path("one"), dir.path("out"));
     let (profile, placement) = (dir.path("profile.safetensors"), dir.path("placement.json"));
     done(&["profile", &model, "--ids", &ids, "-o", &profile]);
@@ -117,7 +76,7 @@ fn placements_come_from_a_file_or_a_profile() {
     };
     assert_eq!(limited("3").1, logits(&one).1);
     assert_ne!(limited("1").1, logits(&one).1, "a limit of one rank changes choices");
-    let error = refused(
+    let error = fails(
         &[
             "logits",
             &model,
@@ -133,7 +92,7 @@ fn placements_come_from_a_file_or_a_profile() {
         1,
     );
     assert!(error.contains("on 2 ranks, found") && error.contains("on 3 ranks"), "{error}");
-    let error = refused(&["logits", &model, "--ids", &ids, "--out", &dir.path("no"), "--max-ranks", "1"], 2);
+    let error = fails(&["logits", &model, "--ids", &ids, "--out", &dir.path("no"), "--max-ranks", "1"], 2);
     assert!(error.contains("--max-ranks needs ranks"), "{error}");
     assert_eq!(dir.names(), ["ids.json", "one", "out", "placement.json", "profile.safetensors"]);
 }
@@ -141,9 +100,9 @@ fn placements_come_from_a_file_or_a_profile() {
 #[test]
 fn profiles_of_four_ranks_have_the_rows_of_one() {
     let dir = Dir::new();
-    let (first, second) = (dir.ids(&[40, 9, 23]), dir.path("more.json"));
+    let (first, second) = (ids(&dir, &[40, 9, 23]), dir.path("more.json"));
     fs::rename(&first, &second).expect("renamed");
-    let first = dir.ids(&[17, 64]);
+    let first = ids(&dir, &[17, 64]);
     let case = model("deepseek_v2-groups-bf16");
     let profile = |name: &str, ranks: &str| {
         let out = dir.path(name);
@@ -169,7 +128,7 @@ fn profiles_of_four_ranks_have_the_rows_of_one() {
 #[test]
 fn texts_and_scores_of_ranks_are_those_of_one() {
     let dir = Dir::new();
-    let ids = dir.ids(&[6, 3, 9, 12, 4]);
+    let ids = ids(&dir, &[6, 3, 9, 12, 4]);
     for case in ["olmoe", "mixtral-window-fused"] {
         let run = |ranks: &str| {
             let text =
@@ -196,7 +155,7 @@ fn texts_and_scores_of_ranks_are_those_of_one() {
 #[test]
 fn a_failure_of_one_rank_names_it_and_leaves_no_file() {
     let dir = Dir::new();
-    let ids = dir.ids(&[5, 5]);
+    let ids = ids(&dir, &[5, 5]);
     // An expert of rank 1 that is not finite.
     let broken = dir.path("broken");
     fs::create_dir(&broken).expect("a directory");
@@ -213,7 +172,7 @@ fn a_failure_of_one_rank_names_it_and_leaves_no_file() {
     bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(&weights, bytes).expect("written");
     let out = dir.path("out");
-    let error = refused(&["logits", &broken, "--ids", &ids, "--out", &out, "--ranks", "2"], 1);
+    let error = fails(&["logits", &broken, "--ids", &ids, "--out", &out, "--ranks", "2"], 1);
     assert!(error.contains("rank 1: ") && error.contains(name), "{error}");
     assert_eq!(dir.names(), ["broken", "ids.json"]);
 }
@@ -222,13 +181,15 @@ fn a_failure_of_one_rank_names_it_and_leaves_no_file() {
 #[test]
 fn a_build_without_mpi_says_so() {
     let dir = Dir::new();
-    let ids = dir.ids(&[5]);
+    let ids = ids(&dir, &[5]);
     let args = ["logits", &model("olmoe"), "--ids", &ids, "--out", &dir.path("out"), "--comm", "mpi"];
-    assert!(refused(&args, 2).contains("--features mpi"));
+    assert!(fails(&args, 2).contains("--features mpi"));
 }
 
 #[cfg(feature = "mpi")]
 mod mpi {
+    use std::process::{Command, Output};
+
     use super::*;
 
     /// Three processes by `mpirun`, or what `OCCULT_MPIRUN` names; killed after a minute.
@@ -250,7 +211,7 @@ mod mpi {
     #[ignore = "needs an MPI launcher"]
     fn processes_give_what_one_gives() {
         let dir = Dir::new();
-        let ids = dir.ids(&[5, 11, 2, 11, 7]);
+        let ids = ids(&dir, &[5, 11, 2, 11, 7]);
         let (model, one, three) = (model("qwen2_moe-fused"), dir.path("one"), dir.path("three"));
         let run = |args: &[&str]| {
             let out = launch(&[args, &["--comm", "mpi"]].concat());
@@ -276,9 +237,9 @@ mod mpi {
 
     #[test]
     #[ignore = "needs an MPI launcher"]
-    fn another_number_of_processes_is_refused() {
+    fn another_number_of_processes_is_fails() {
         let dir = Dir::new();
-        let ids = dir.ids(&[5]);
+        let ids = ids(&dir, &[5]);
         let out = dir.path("out");
         let args = ["logits", &model("olmoe"), "--ids", &ids, "--out", &out, "--comm", "mpi", "--ranks", "2"];
         let output = launch(&args);

@@ -1,35 +1,22 @@
 //! `occult pretrain` and `occult tune` on tiny models: runs, resumes, and what is refused.
 
+mod common;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
+use common::models::{done, fails, fixtures};
 use serde_json::Value;
 
 fn fixture(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../occult-model/tests/fixtures").join(case)
+    fixtures().join(case)
 }
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_occult"));
     command.args(args);
     command
-}
-
-fn occult(args: &[&str]) -> Output {
-    command(args).output().expect("occult runs")
-}
-
-fn done(args: &[&str]) -> String {
-    let out = occult(args);
-    assert!(out.status.success(), "occult {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stdout).expect("UTF-8")
-}
-
-fn refused(args: &[&str], code: i32) -> String {
-    let out = occult(args);
-    assert_eq!(out.status.code(), Some(code), "occult {args:?}: {}", String::from_utf8_lossy(&out.stderr));
-    String::from_utf8(out.stderr).expect("UTF-8")
 }
 
 /// A folder with a model configuration, a tokenizer of few words, and data.
@@ -205,7 +192,7 @@ fn tuning_over_ranks_with_a_limit_records_it() {
 fn refused_data(room: &Room, file: &str) -> String {
     let args: Vec<String> =
         room.args("pretrain", "bad", &[]).into_iter().map(|a| a.replace("data.jsonl", file)).collect();
-    refused(&strs(&args), 1)
+    fails(&strs(&args), 1)
 }
 
 #[test]
@@ -242,21 +229,21 @@ fn a_placement_for_another_model_is_refused() {
         r#"{"format":"occult.placement.v1","num_experts":4,"num_ranks":2,"num_nodes":1,"layer_ids":[0],"method":"x",
             "layers":[{"layer":0,"ranks":[[0,2],[1,3]]}]}"#,
     );
-    let message = refused(&strs(&room.args("tune", "bad", &["--placement", &room.at("other.json")])), 1);
+    let message = fails(&strs(&room.args("tune", "bad", &["--placement", &room.at("other.json")])), 1);
     assert!(message.contains("is for another model"), "{message}");
 }
 
 #[test]
 fn a_limit_that_leaves_too_few_experts_is_refused() {
     let room = Room::new();
-    let message = refused(&strs(&room.args("tune", "bad", &["--ranks", "4", "--max-ranks", "5"])), 1);
+    let message = fails(&strs(&room.args("tune", "bad", &["--ranks", "4", "--max-ranks", "5"])), 1);
     assert!(message.contains("--max-ranks is 5"), "{message}");
     let config = room.at("model/config.json");
     let text = fs::read_to_string(&config).expect("read");
     let mut config_of: Value = serde_json::from_str(&text).expect("JSON");
     config_of["num_experts_per_tok"] = 5.into();
     fs::write(&config, config_of.to_string()).expect("written");
-    let message = refused(&strs(&room.args("tune", "bad", &["--ranks", "4", "--max-ranks", "1"])), 1);
+    let message = fails(&strs(&room.args("tune", "bad", &["--ranks", "4", "--max-ranks", "1"])), 1);
     assert!(message.contains("a token needs 5"), "{message}");
 }
 
@@ -264,7 +251,7 @@ fn a_limit_that_leaves_too_few_experts_is_refused() {
 fn a_diverging_rate_stops_with_step_and_checkpoint() {
     let room = Room::new();
     let more = ["--lr", "1e6", "--clip", "0", "--warm-up", "0", "--schedule", "constant"];
-    let message = refused(&strs(&room.args("tune", "bad", &more)), 1);
+    let message = fails(&strs(&room.args("tune", "bad", &more)), 1);
     assert!(message.contains("diverged at step"), "{message}");
     assert!(message.contains("checkpoint"), "{message}");
 }
@@ -276,7 +263,7 @@ fn a_checkpoint_of_another_version_is_refused() {
     let manifest = room.at("old/training/step-00000002/checkpoint.json");
     let text = fs::read_to_string(&manifest).expect("read").replace("\"version\": 1", "\"version\": 99");
     fs::write(&manifest, text).expect("written");
-    let message = refused(&strs(&room.args("pretrain", "old", &["--resume"])), 1);
+    let message = fails(&strs(&room.args("pretrain", "old", &["--resume"])), 1);
     assert!(message.contains("checkpoint format version 99"), "{message}");
 }
 
@@ -284,19 +271,19 @@ fn a_checkpoint_of_another_version_is_refused() {
 fn a_run_is_neither_overwritten_nor_resumed_with_other_options() {
     let room = Room::new();
     done(&strs(&room.args("pretrain", "run", &["--stop-after", "2"])));
-    assert!(refused(&strs(&room.args("pretrain", "run", &[])), 1).contains("holds a run"));
+    assert!(fails(&strs(&room.args("pretrain", "run", &[])), 1).contains("holds a run"));
     let other = room.args("pretrain", "run", &["--resume", "--seed", "5"]);
-    assert!(refused(&strs(&other), 1).contains("another configuration"));
-    assert!(refused(&strs(&room.args("pretrain", "none", &["--resume"])), 1).contains("no run to resume"));
+    assert!(fails(&strs(&other), 1).contains("another configuration"));
+    assert!(fails(&strs(&room.args("pretrain", "none", &["--resume"])), 1).contains("no run to resume"));
 }
 
 #[test]
 fn options_without_a_meaning_are_wrong_usage() {
     let room = Room::new();
     for more in [["--lr", "-1"], ["--lr", "nan"], ["--anneal", "2"], ["--length", "0"], ["--epochs", "0"]] {
-        refused(&strs(&room.args("pretrain", "bad", &more)), 2);
+        fails(&strs(&room.args("pretrain", "bad", &more)), 2);
     }
     let long =
         room.args("pretrain", "bad", &[]).into_iter().map(|a| if a == "8" { "4096".into() } else { a });
-    assert!(refused(&strs(&long.collect::<Vec<String>>()), 1).contains("the model's context is"));
+    assert!(fails(&strs(&long.collect::<Vec<String>>()), 1).contains("the model's context is"));
 }

@@ -6,6 +6,7 @@
 
 pub(crate) mod files;
 pub(crate) mod measure;
+pub(crate) mod models;
 pub(crate) mod rows;
 
 use std::path::{Path, PathBuf};
