@@ -19,6 +19,7 @@ mod placing;
 mod progress;
 mod pruning;
 pub mod report;
+mod sent;
 mod setup;
 mod spreading;
 mod tokens;

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
-use occult_comm::Communicator;
+use occult_comm::{Communicator, Meter, Metered};
 use occult_formats::{Columns, LimitFile, PlacementFile, Profile};
 use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, Ranks, Spread, Threads};
 use occult_moe::{LayerOptions, Mode, Overlap, PruneRule as Rule, Pruning, topology_of};
@@ -83,6 +83,15 @@ pub(crate) fn with_model<T: Send>(
     spread: &SpreadArgs,
     work: impl Fn(&Decoder) -> Result<T> + Sync,
 ) -> Result<Option<T>> {
+    with_metered_model(load, spread, |decoder, _| work(decoder))
+}
+
+/// [`with_model`], with what counts the bytes between ranks, if there are several.
+pub(crate) fn with_metered_model<T: Send>(
+    load: &LoadArgs,
+    spread: &SpreadArgs,
+    work: impl Fn(&Decoder, Option<&Meter>) -> Result<T> + Sync,
+) -> Result<Option<T>> {
     let tuned = LimitFile::read(&load.model)?;
     let world = spread.world.or_ranks(match (&spread.placement, &tuned) {
         (Some(path), _) => Some(PlacementFile::read(path)?.placement.topology().num_ranks()),
@@ -92,13 +101,14 @@ pub(crate) fn with_model<T: Send>(
     if !world.is_parallel() {
         refuse_mpirun()?;
         spread.alone()?;
-        return work(&model::load(load)?).map(Some);
+        return work(&model::load(load)?, None).map(Some);
     }
     let spec = occult_model::hf::read_spec(&load.model)?;
     let wanted = Wanted::new(load, spread, &spec, tuned)?;
     run_world(&world, |comm| {
-        let comm: Arc<dyn Communicator> = Arc::from(comm);
-        work(&wanted.load(load, comm)?)
+        let metered = Metered::new(comm);
+        let meter = metered.meter();
+        work(&wanted.load(load, Arc::new(metered))?, Some(&meter))
     })
 }
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use occult_model::hf::BalanceLoss;
 use occult_train::schedule::Decay;
 
 use crate::args::PruneRule;
@@ -34,6 +35,27 @@ pub(crate) enum Trained {
     Experts,
     /// Low-rank updates of attention, dense networks and experts, merged in the output
     Lora,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum AuxLossOver {
+    /// Choices of all layers together, as the released code of OLMoE, Qwen-MoE and Mixtral: experts of the same number in
+    /// different layers can make up for each other
+    AllLayers,
+    /// Every layer by itself
+    Layers,
+    /// Every layer and sequence by itself
+    Sequences,
+}
+
+impl AuxLossOver {
+    pub(crate) fn loss(self) -> BalanceLoss {
+        match self {
+            AuxLossOver::AllLayers => BalanceLoss::AllLayers,
+            AuxLossOver::Layers => BalanceLoss::Layers,
+            AuxLossOver::Sequences => BalanceLoss::Sequences,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -126,6 +148,9 @@ pub(crate) struct TrainArgs {
     /// Coefficient of the loss that keeps experts evenly used [default: that of the configuration]
     #[arg(long, value_parser = not_negative, value_name = "X")]
     pub(crate) aux_loss: Option<f64>,
+    /// What that loss makes even by itself [default: as the family's released code]
+    #[arg(long, value_name = "WHAT")]
+    pub(crate) aux_loss_over: Option<AuxLossOver>,
     /// Coefficient of the router's z-loss
     #[arg(long, default_value_t = 0.0, value_parser = not_negative, value_name = "X")]
     pub(crate) router_z_loss: f64,

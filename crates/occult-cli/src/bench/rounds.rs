@@ -69,8 +69,7 @@ pub(crate) fn rounds(
 /// Bytes of the layers' own exchanges that left their rank since the meter was reset, all ranks (collective).
 pub(crate) fn sent(setting: &Setting) -> Result<u64> {
     let snapshot = setting.meter.reset();
-    let layers = snapshot.operations.keys().filter(|what| what.starts_with("moe "));
-    let wire: u64 = layers.map(|what| snapshot.sent(what).wire()).sum();
+    let wire: u64 = crate::sent::exchanges(&snapshot).map(|(_, bytes)| bytes).sum();
     Ok(setting.gather(&[wire as f64])?.iter().map(|rank| rank[0] as u64).sum())
 }
 

@@ -1,6 +1,7 @@
 //! `occult eval`
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use occult_model::eval::{ChoiceItem, ChoiceScores, Perplexity, perplexity, read_items, score_item};
@@ -9,11 +10,42 @@ use occult_model::{Decoder, TextTokenizer};
 use serde_json::{Value, json};
 
 use crate::model_args::EvalArgs;
-use crate::output::{Table, print, print_json};
-use crate::spreading::with_model;
+use crate::output::{Table, bytes, print, print_json};
+use crate::sent::Sent;
+use crate::spreading::with_metered_model;
 use crate::{inputs, model, progress};
 
+/// What was measured.
+pub(super) struct Evaluation {
+    window: usize,
+    texts: Vec<(PathBuf, Perplexity)>,
+    /// All texts together.
+    pub(super) total: Perplexity,
+    tasks: Vec<(PathBuf, ChoiceScores)>,
+    /// With experts over ranks: while the texts were read.
+    pub(super) sent: Option<Sent>,
+    /// For the texts.
+    pub(super) seconds: f64,
+}
+
+impl Evaluation {
+    /// A figure of [`Sent`] per token that went through the model.
+    pub(super) fn per_token(&self, figure: impl Fn(&Sent) -> f64) -> Option<f64> {
+        let tokens = (self.total.inputs > 0).then_some(self.total.inputs as f64)?;
+        Some(figure(self.sent.as_ref()?) / tokens)
+    }
+}
+
 pub(super) fn run(args: &EvalArgs) -> Result<()> {
+    match measure(args)? {
+        Some(found) if args.json => print_json(&as_json(&found, &args.load.model)),
+        Some(found) => print(&as_text(&found)),
+        None => Ok(()),
+    }
+}
+
+/// Measures; `None` in other processes of an MPI program than the first.
+pub(super) fn measure(args: &EvalArgs) -> Result<Option<Evaluation>> {
     let dir = &args.load.model;
     // What can be wrong without the weights is found before they are read.
     let spec = occult_model::hf::read_spec(dir)?;
@@ -31,8 +63,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         model::check_ids(&ids, &spec, usize::MAX).with_context(|| path.display().to_string())?;
         sequences.push((path.as_path(), ids));
     }
-    let done = with_model(&args.load, &args.spread, |decoder| {
-        let mut texts: Vec<(&Path, Perplexity)> = Vec::new();
+    with_metered_model(&args.load, &args.spread, |decoder, meter| {
+        let start = Instant::now();
+        let mut texts: Vec<(PathBuf, Perplexity)> = Vec::new();
         let mut total = Perplexity::default();
         let bar = bar_of(decoder, args.text.len() + args.ids.len(), "texts");
         for path in &args.text {
@@ -42,7 +75,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
                 .with_context(|| path.display().to_string())?;
             scored(path, &score)?;
             total.add(&score);
-            texts.push((path, score));
+            texts.push((path.clone(), score));
             bar.inc(1);
         }
         for (path, sequences) in &sequences {
@@ -57,32 +90,38 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
             }
             scored(path, &score)?;
             total.add(&score);
-            texts.push((path, score));
+            texts.push((path.to_path_buf(), score));
             bar.inc(1);
         }
         bar.finish_and_clear();
+        let (seconds, sent) = (start.elapsed().as_secs_f64(), Sent::take(decoder, meter)?);
 
         let mut tasks = Vec::new();
         for (path, items) in &questions {
             let Some(tokenizer) = &tokenizer else { continue };
-            tasks.push((path, choices(path, items, decoder, tokenizer, prefix)?));
+            tasks.push((path.to_path_buf(), choices(path, items, decoder, tokenizer, prefix)?));
         }
+        Ok(Evaluation { window, texts, total, tasks, sent, seconds })
+    })
+}
 
-        Ok((texts, total, tasks))
-    })?;
-    let Some((texts, total, tasks)) = done else { return Ok(()) };
+fn as_json(found: &Evaluation, dir: &Path) -> Value {
+    let text = |path: Value, p: &Perplexity| json!({ "file": path, "perplexity": p.value(), "nll": p.nll, "tokens": p.tokens });
+    let task = |(path, s): &(PathBuf, ChoiceScores)| json!({ "file": path, "items": s.items, "acc": s.acc(), "acc_norm": s.acc_norm() });
+    json!({
+        "model": dir,
+        "window": found.window,
+        "texts": found.texts.iter().map(|(path, p)| text(json!(path), p)).collect::<Vec<_>>(),
+        "total": if found.texts.is_empty() { Value::Null } else { text(Value::Null, &found.total) },
+        "tasks": found.tasks.iter().map(task).collect::<Vec<_>>(),
+        "seconds": found.seconds,
+        "sent_rows_per_token": found.per_token(|s| s.rows),
+        "sent_bytes_per_token": found.per_token(|s| s.bytes),
+    })
+}
 
-    if args.json {
-        let text = |path: Value, p: &Perplexity| json!({ "file": path, "perplexity": p.value(), "nll": p.nll, "tokens": p.tokens });
-        let task = |(path, s): &(_, ChoiceScores)| json!({ "file": path, "items": s.items, "acc": s.acc(), "acc_norm": s.acc_norm() });
-        return print_json(&json!({
-            "model": dir,
-            "window": window,
-            "texts": texts.iter().map(|(path, p)| text(json!(path), p)).collect::<Vec<_>>(),
-            "total": if texts.is_empty() { Value::Null } else { text(Value::Null, &total) },
-            "tasks": tasks.iter().map(task).collect::<Vec<_>>(),
-        }));
-    }
+fn as_text(found: &Evaluation) -> String {
+    let Evaluation { texts, total, tasks, .. } = found;
     let mut out = String::new();
     if !texts.is_empty() {
         let mut table = Table::new(["text", "tokens", "perplexity"]);
@@ -91,19 +130,25 @@ pub(super) fn run(args: &EvalArgs) -> Result<()> {
         };
         texts.iter().for_each(|(path, p)| row(path.display().to_string(), p));
         if texts.len() > 1 {
-            row("all".to_owned(), &total);
+            row("all".to_owned(), total);
         }
         out.push_str(&table.render());
+        if let (Some(rows), Some(sent)) = (found.per_token(|s| s.rows), found.per_token(|s| s.bytes)) {
+            let sent = bytes(sent);
+            out.push_str(&format!(
+                "\na token in all MoE layers: {rows:.2} rows to other ranks, {sent} there and back\n"
+            ));
+        }
     }
     if !tasks.is_empty() {
         let mut table = Table::new(["task", "items", "acc", "acc_norm"]);
-        for (path, s) in &tasks {
+        for (path, s) in tasks {
             let (acc, norm) = (format!("{:.4}", s.acc()), format!("{:.4}", s.acc_norm()));
             table.row([path.display().to_string(), s.items.to_string(), acc, norm]);
         }
         out.push_str(&table.render());
     }
-    print(&out)
+    out
 }
 
 /// A text of one token, with nothing before it, has no perplexity.

@@ -15,6 +15,23 @@ use crate::spreading::with_model;
 use crate::{inputs, model, progress};
 
 pub(super) fn run(args: &ProfileArgs) -> Result<()> {
+    match record(args)? {
+        Some(recorded) => show(args, &recorded),
+        None => Ok(()),
+    }
+}
+
+/// What was recorded, and how long it took.
+pub(super) struct Recorded {
+    /// `None` without recording.
+    meta: Option<ProfileMeta>,
+    recording_seconds: f64,
+    tokens: usize,
+    seconds: f64,
+}
+
+/// Writes the profile; `None` in other processes of an MPI program than the first.
+pub(super) fn record(args: &ProfileArgs) -> Result<Option<Recorded>> {
     // What can be wrong without the weights is found before they are read.
     let spec = &occult_model::hf::read_spec(&args.load.model)?;
     let window = model::window(args.context, spec)?;
@@ -48,7 +65,7 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
     // A file that cannot be written is found before the weights are read, unless other processes must not write it, too.
     let early = !args.no_record && !args.spread.world.is_mpi();
     let recorder = Mutex::new(early.then(create).transpose()?);
-    let done = with_model(&args.load, &args.spread, |decoder| {
+    with_model(&args.load, &args.spread, |decoder| {
         let first = decoder.is_first_rank();
         let mut recorder = match first && !args.no_record {
             true => match recorder.lock().unwrap_or_else(PoisonError::into_inner).take() {
@@ -83,33 +100,36 @@ pub(super) fn run(args: &ProfileArgs) -> Result<()> {
             run_windows(decoder, &windows, args.batch_tokens, record, recorder, &mut done)
                 .with_context(|| path.display().to_string())?;
         }
-        let (meta, recording) = match recorder {
+        let (meta, recording_seconds) = match recorder {
             Some(recorder) => recorder.finish().map(|(meta, spent)| (Some(meta), spent.as_secs_f64()))?,
             None => (None, 0.0),
         };
         bar.finish_and_clear();
-        Ok((meta, recording, tokens, start.elapsed().as_secs_f64()))
-    })?;
-    let Some((meta, recording, tokens, seconds)) = done else { return Ok(()) };
-    let rate = tokens as f64 / seconds.max(1e-9);
+        Ok(Recorded { meta, recording_seconds, tokens, seconds: start.elapsed().as_secs_f64() })
+    })
+}
+
+fn show(args: &ProfileArgs, recorded: &Recorded) -> Result<()> {
+    let Recorded { meta, recording_seconds, tokens, seconds } = recorded;
+    let rate = *tokens as f64 / seconds.max(1e-9);
     if args.json {
         return print_json(&json!({
             "output": args.output, "meta": meta, "tokens": tokens, "seconds": seconds,
-            "recording_seconds": recording, "tokens_per_second": rate,
+            "recording_seconds": recording_seconds, "tokens_per_second": rate,
         }));
     }
     let Some(meta) = meta else {
         return print(&format!("{tokens} tokens without recording ({rate:.0} tokens/s)\n"));
     };
     print(&format!(
-        "{}: {tokens} tokens of {} domain{} through {} MoE layers of {} experts, top-{}, with weights and router logits \
+        "{}: {tokens} tokens of {} domain{} through {} MoE layers of {} experts{}, with weights and router logits \
          ({rate:.0} tokens/s)\n",
         args.output.display(),
         meta.domains.len(),
         if meta.domains.len() == 1 { "" } else { "s" },
         meta.num_layers(),
         meta.num_experts,
-        spec.moe.router.top_k,
+        meta.top_k.map_or(String::new(), |k| format!(", top-{k}")),
     ))
 }
 

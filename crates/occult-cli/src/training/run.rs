@@ -25,7 +25,7 @@ use super::{data, output};
 use crate::args::PruneRule;
 use crate::exit::Usage;
 use crate::output::{print, print_json, seconds};
-use crate::train_args::{TrainArgs, Trained};
+use crate::train_args::{AuxLossOver, TrainArgs, Trained};
 use crate::world::run_world;
 use crate::{progress, setup};
 
@@ -156,7 +156,7 @@ fn model_options(args: &TrainArgs, defaults: TrainingDefaults) -> ModelOptions {
                 Scope::Lora(Lora { rank: args.lora_rank, alpha: args.lora_alpha, rank_stabilised: false })
             }
         },
-        balance: defaults.balance,
+        balance: args.aux_loss_over.map_or(defaults.balance, AuxLossOver::loss),
         balance_coefficient: args.aux_loss.unwrap_or(defaults.balance_coefficient),
         router_z_coefficient: args.router_z_loss,
         z_coefficient: args.z_loss as f32,

@@ -13,6 +13,8 @@ pub struct Perplexity {
     pub nll: f64,
     /// Scored tokens.
     pub tokens: u64,
+    /// Tokens that went through the model: the last window repeats some.
+    pub inputs: u64,
 }
 
 impl Perplexity {
@@ -25,6 +27,7 @@ impl Perplexity {
     pub fn add(&mut self, other: &Perplexity) {
         self.nll += other.nll;
         self.tokens += other.tokens;
+        self.inputs += other.inputs;
     }
 }
 
@@ -54,7 +57,8 @@ pub fn perplexity(
         from = to;
     }
     let inputs: Vec<&[u32]> = windows.iter().map(|&(_, start, to)| &text[start..to]).collect();
-    let mut result = Perplexity::default();
+    let mut result =
+        Perplexity { inputs: inputs.iter().map(|w| w.len() as u64).sum(), ..Perplexity::default() };
     for_each_pass(model, &inputs, PREFILL_CHUNK, Logits::All, observe, &mut |pass, logits| {
         for (i, rows) in pass.sequences.clone().zip(logits.chunks_exact(pass.positions.len() * vocab)) {
             let (from, start, to) = windows[i];
@@ -73,7 +77,7 @@ pub fn perplexity(
         // Rank 0 has seen everything; token counts are exact in f64 up to 2^53.
         let mut sums = [result.nll, result.tokens as f64];
         ranks.comm().all_reduce_sum_f64("perplexity", &mut sums)?;
-        result = Perplexity { nll: sums[0], tokens: sums[1] as u64 };
+        (result.nll, result.tokens) = (sums[0], sums[1] as u64);
     }
     Ok(result)
 }
