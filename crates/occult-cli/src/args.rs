@@ -25,7 +25,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Run the whole pipeline on bundled real routing: import, compare placements, prune, report
+    /// Run the whole pipeline on the bundled model: profile, place, read and write with experts on several ranks, prune, report
     #[command(after_help = "Example:\n  occult demo\n  occult demo --ranks 8 --out-dir demo8")]
     Demo(DemoArgs),
     /// Turn routing records or expert statistics of other engines into a routing profile
@@ -441,10 +441,10 @@ pub(crate) struct ReportArgs {
 pub(crate) struct DemoArgs {
     #[command(flatten)]
     pub(crate) topology: TopologyArgs,
-    /// Folder for the profile, the placement and the report
+    /// Folder for the model, its texts, the profile, the placement and the report
     #[arg(long, default_value = "occult-demo", value_name = "DIR")]
     pub(crate) out_dir: PathBuf,
-    /// Print the figures of the report as JSON
+    /// Print the figures of the report, and what was measured, as JSON
     #[arg(long)]
     pub(crate) json: bool,
 }

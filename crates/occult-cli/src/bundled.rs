@@ -1,17 +1,53 @@
-//! Real routing that comes with the program: gpt-oss-20b, see `data/gpt-oss-20b/NOTICE`.
+//! What comes with the program: real routing of gpt-oss-20b (`data/gpt-oss-20b/NOTICE`), and a small model with held-out
+//! texts (`models/occult-16m`, `data/demo-texts/NOTICE`).
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use occult_formats::write_atomic;
 use occult_plan::RoutingBuf;
 
 use crate::exit::Usage;
 
-/// The files, as `occult import` reads them.
-pub(crate) const FILES: [(&str, &[u8]); 4] = [
-    ("routes_u8.bin", ROUTES),
-    ("gates_u8.bin", GATES),
-    ("segments.csv", include_bytes!("../data/gpt-oss-20b/segments.csv")),
-    ("NOTICE", include_bytes!("../data/gpt-oss-20b/NOTICE")),
-];
+macro_rules! model_files {
+    ($($name:literal),*) => { [$(($name, include_bytes!(concat!("../../../models/occult-16m/", $name)))),*] };
+}
+
+/// Name of the model.
+pub(crate) const MODEL: &str = "occult-16m";
+/// Its files.
+const MODEL_FILES: [(&str, &[u8]); 4] =
+    model_files!["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+
+macro_rules! texts {
+    ($($domain:literal),*) => { [$((
+        concat!($domain, ".txt"),
+        include_bytes!(concat!("../data/demo-texts/profile/", $domain, ".txt")),
+        include_bytes!(concat!("../data/demo-texts/measure/", $domain, ".txt")),
+    )),*] };
+}
+
+/// Texts that the model has not been trained on, a file per domain: name, what to profile, what to measure.
+pub(crate) const TEXTS: [(&str, &[u8], &[u8]); 7] =
+    texts!["c", "dictionary", "javascript", "mathematics", "prose", "python", "rust"];
+
+/// Writes the model and the texts: `dir/model`, `dir/texts/profile`, `dir/texts/measure`.
+pub(crate) fn unpack(dir: &Path) -> Result<()> {
+    let notice: &[u8] = include_bytes!("../data/demo-texts/NOTICE");
+    let model = MODEL_FILES.map(|(name, bytes)| (dir.join("model").join(name), bytes));
+    let texts = TEXTS.iter().flat_map(|&(name, profile, measure)| {
+        let texts = dir.join("texts");
+        [(texts.join("profile").join(name), profile), (texts.join("measure").join(name), measure)]
+    });
+    for (path, bytes) in model.into_iter().chain(texts).chain([(dir.join("texts/NOTICE"), notice)]) {
+        let folder = path.parent().unwrap_or(dir);
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        write_atomic(&path, bytes)?;
+    }
+    Ok(())
+}
+
 const ROUTES: &[u8] = include_bytes!("../data/gpt-oss-20b/routes_u8.bin");
 const GATES: &[u8] = include_bytes!("../data/gpt-oss-20b/gates_u8.bin");
 

@@ -102,21 +102,19 @@ fn the_demo_needs_nothing_and_leaves_files_that_other_commands_read() {
     says(
         &demo.stdout,
         &[
-            "gpt-oss-20b",
-            "24 MoE layers",
-            "32 experts",
-            "Contiguous",
-            "Algorithm 1",
-            "Search",
-            "at most 2",
+            "occult profile occult-demo/model",
+            "17960 tokens of 7 domains through 4 MoE layers of 64 experts, top-8",
+            "a row per expert",
+            "at most 2 ranks",
+            "--max-ranks 2 --max-tokens 40 --temperature",
             "report.html",
         ],
     );
     assert_eq!(lab.names(), ["occult-demo"], "one folder");
     self_contained(&lab.text("occult-demo/report.html"));
     let table = Table::of(&lab.json("occult-demo/placement.json"));
-    assert_eq!((table.experts, table.ranks, table.layers.len()), (32, 4, 24));
-    says(&lab.text("occult-demo/trace/NOTICE"), &["Apache"]);
+    assert_eq!((table.experts, table.ranks, table.layers.len()), (64, 4, 4));
+    says(&lab.text("occult-demo/texts/NOTICE"), &["licence"]);
     let stats = lab.figures("stats occult-demo/profile.safetensors --ranks 4");
     let traffic = lab.figures("traffic occult-demo/profile.safetensors occult-demo/placement.json");
     let copies = |f: &serde_json::Value| number(&f["mean"], "copies_per_token");
@@ -124,6 +122,19 @@ fn the_demo_needs_nothing_and_leaves_files_that_other_commands_read() {
     // Again into the same folder, as JSON.
     let figures = lab.figures("demo");
     assert!(list(&figures, "methods").len() >= 5);
+    let modes = list(&figures, "measured");
+    let of = |key: &str| modes.iter().map(|mode| number(mode, key)).collect::<Vec<_>>();
+    for key in ["rows_per_token", "bytes_per_token"] {
+        assert!(of(key).is_sorted_by(|more, fewer| more > fewer), "{key}: {:?}", of(key));
+    }
+    let (perplexity, rows) = (of("perplexity"), of("rows_per_token"));
+    assert_eq!(modes.len(), 5);
+    for exact in [1, 2] {
+        assert!((perplexity[exact] / perplexity[0] - 1.0).abs() < 1e-5, "{perplexity:?}");
+    }
+    // The limits cost something, and hold: 4 layers, ranks beside the token's own.
+    assert!(perplexity[4] > perplexity[0], "{perplexity:?}");
+    assert!(rows[3] <= 8.0 && rows[4] <= 4.0, "{rows:?}");
     // A folder that cannot be made.
     lab.write("file", "");
     let message = lab.refused(1, "demo --out-dir file/inside");
