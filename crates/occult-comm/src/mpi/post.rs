@@ -16,8 +16,9 @@ use crate::{CommError, Result};
 const AWAKE_ROUNDS: u32 = 30;
 /// First and longest sleep between polls. The kernel adds about 60 us.
 const SLEEPS: (Duration, Duration) = (Duration::from_micros(5), Duration::from_micros(300));
-/// How often the helper polls while data move that nobody waits for.
-const HELPER_PERIOD: Duration = Duration::from_micros(400);
+/// How often the helper polls while data move that nobody waits for: at first, and at least. It takes its time from the cores
+/// that the rank computes with, so each look that finds nothing doubles the pause.
+const HELPER_PERIODS: (Duration, Duration) = (Duration::from_micros(400), Duration::from_micros(3200));
 /// How long the helper stays awake after the last activity.
 const HELPER_LINGER: Duration = Duration::from_millis(50);
 /// How long a failing rank itself pushes the news out.
@@ -109,13 +110,21 @@ impl MpiPost {
     pub(super) fn help(&self) {
         let _ = self.helper.set(std::thread::current());
         let mut last_active = Instant::now();
+        let mut period = HELPER_PERIODS.0;
         while !self.stop.load(Ordering::Acquire) {
             if self.is_active() {
                 last_active = Instant::now();
-                if self.waiting.load(Ordering::Relaxed) == 0
-                    && let Err(error) = self.progress()
-                {
-                    self.mailbox.fail(Failure { rank: self.rank, reason: error.to_string() });
+                // Who waits polls himself.
+                let moved = match self.waiting.load(Ordering::Relaxed) {
+                    0 => self.with_engine(|engine| engine.progress(&self.mailbox)),
+                    _ => Ok(false),
+                };
+                match moved {
+                    Ok(true) => period = HELPER_PERIODS.0,
+                    Ok(false) => period = (2 * period).min(HELPER_PERIODS.1),
+                    Err(error) => {
+                        self.mailbox.fail(Failure { rank: self.rank, reason: error.to_string() });
+                    }
                 }
             } else if last_active.elapsed() > HELPER_LINGER {
                 self.helper_asleep.store(true, Ordering::Release);
@@ -125,8 +134,9 @@ impl MpiPost {
                 }
                 self.helper_asleep.store(false, Ordering::Release);
                 last_active = Instant::now();
+                period = HELPER_PERIODS.0;
             }
-            std::thread::sleep(HELPER_PERIOD);
+            std::thread::sleep(period);
         }
     }
 
