@@ -178,6 +178,7 @@ fn layer(bench: &Bench, name: &str, rows: &SparseRows, weights: &Weights, backwa
             d_pre: &mut d_pre,
             d_row_weights: &mut d_row_weights,
             d_w_down: Some(&mut d_w_down),
+            act: None,
         };
         smm::merge_bwd(&bench.threads, rows, OLMOE, inputs, &dy, grads).expect("shapes");
         let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: Some(&mut d_w_up) };

@@ -4,7 +4,9 @@ mod common;
 
 use common::{Layer, Rng, STORED, Stored, Weight, assert_close, budgets};
 use occult_kernels::linear::{self, LinearDims};
-use occult_kernels::smm::{self, ExpertDims, MergeGrads, MergeInputs, ScatterGrads};
+use occult_kernels::smm::{
+    self, ExpertDims, MergeGrads, MergeInputs, ScatterGrads, WeightGrads, WeightInputs,
+};
 use proptest::prelude::*;
 
 const SIZES: [usize; 14] = [0, 1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 48, 65, 97];
@@ -59,8 +61,13 @@ fn check_layer(layer: &Layer, stored: Stored) {
     let mut y = vec![0.0; r * d];
     smm::reference::merge(rows, dims, inputs, &mut y);
     let (mut d_pre, mut d_row_weights, mut d_down) = (vec![0.0; pre.len()], vec![0.0; n], start_down.clone());
-    let grads =
-        MergeGrads { d_pre: &mut d_pre, d_row_weights: &mut d_row_weights, d_w_down: Some(&mut d_down) };
+    let mut act = vec![0.0; n * f];
+    let grads = MergeGrads {
+        d_pre: &mut d_pre,
+        d_row_weights: &mut d_row_weights,
+        d_w_down: Some(&mut d_down),
+        act: Some(&mut act),
+    };
     smm::reference::merge_bwd(rows, dims, inputs, &dy, grads);
     let (mut dx, mut d_up) = (vec![0.0; r * d], start_up.clone());
     let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: Some(&mut d_up) };
@@ -80,13 +87,23 @@ fn check_layer(layer: &Layer, stored: Stored) {
         smm::expert_ffn(&threads, rows, dims, &layer.x, &experts, &layer.row_weights, &mut found).unwrap();
         assert_close(&what("expert_ffn"), &found, &y);
 
-        let mut found = (vec![f32::NAN; pre.len()], vec![f32::NAN; n], start_down.clone());
-        let grads =
-            MergeGrads { d_pre: &mut found.0, d_row_weights: &mut found.1, d_w_down: Some(&mut found.2) };
-        smm::merge_bwd(&threads, rows, dims, inputs, &dy, grads).unwrap();
-        assert_close(&what("d_pre"), &found.0, &d_pre);
-        assert_close(&what("d_row_weights"), &found.1, &d_row_weights);
-        assert_close(&what("d_w_down"), &found.2, &d_down);
+        for keep in [false, true] {
+            let mut found = (vec![f32::NAN; pre.len()], vec![f32::NAN; n], start_down.clone());
+            let mut kept = vec![f32::NAN; n * f];
+            let grads = MergeGrads {
+                d_pre: &mut found.0,
+                d_row_weights: &mut found.1,
+                d_w_down: Some(&mut found.2),
+                act: keep.then_some(&mut kept),
+            };
+            smm::merge_bwd(&threads, rows, dims, inputs, &dy, grads).unwrap();
+            assert_close(&what("d_pre"), &found.0, &d_pre);
+            assert_close(&what("d_row_weights"), &found.1, &d_row_weights);
+            assert_close(&what("d_w_down"), &found.2, &d_down);
+            if keep {
+                assert_close(&what("act"), &kept, &act);
+            }
+        }
 
         let mut found = (vec![f32::NAN; dx.len()], start_up.clone());
         let grads = ScatterGrads { dx: Some(&mut found.0), d_w_up: Some(&mut found.1) };
@@ -94,6 +111,34 @@ fn check_layer(layer: &Layer, stored: Stored) {
         assert_close(&what("dx"), &found.0, &dx);
         assert_close(&what("d_w_up"), &found.1, &d_up);
     }
+
+    // The same values, stored in another order, give the gradients of the weights alone.
+    let stored: Vec<u32> = (0..n as u32).rev().collect();
+    let reversed = |values: &[f32], width: usize| -> Vec<f32> {
+        values.chunks_exact(width.max(1)).rev().flatten().copied().collect()
+    };
+    let (act, d_pre) = (reversed(&act, f), reversed(&d_pre, 2 * f));
+    let inputs = WeightInputs { x: &layer.x, dy: &dy, act: &act, d_pre: &d_pre, stored: &stored };
+    for add in [false, true] {
+        let start = |values: &[f32]| if add { values.to_vec() } else { vec![f32::NAN; values.len()] };
+        let (mut down, mut up) = (start(&start_down), start(&start_up));
+        let grads = WeightGrads { d_w_up: Some(&mut up), d_w_down: Some(&mut down), add };
+        smm::reference::weights_bwd(rows, dims, inputs, grads);
+        if add {
+            assert_close("d_w_down by definition", &down, &d_down);
+            assert_close("d_w_up by definition", &up, &d_up);
+        }
+        for threads in budgets(2) {
+            let mut found = (start(&start_down), start(&start_up));
+            let grads = WeightGrads { d_w_up: Some(&mut found.1), d_w_down: Some(&mut found.0), add };
+            smm::weights_bwd(&threads, rows, dims, inputs, grads).unwrap();
+            assert_close("d_w_down alone", &found.0, &down);
+            assert_close("d_w_up alone", &found.1, &up);
+        }
+    }
+    let outside = WeightInputs { stored: &vec![n as u32; n], ..inputs };
+    let grads = WeightGrads { d_w_up: None, d_w_down: None, add: true };
+    assert_eq!(smm::weights_bwd(&budgets(1)[0], rows, dims, outside, grads).is_err(), n > 0);
 }
 
 proptest! {

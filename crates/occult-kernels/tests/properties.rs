@@ -24,7 +24,7 @@ fn all_results(threads: &Threads, layer: &Layer) -> Vec<Vec<f32>> {
     let inputs = MergeInputs { pre, row_weights: &layer.row_weights, w_down: &down };
     smm::merge(threads, rows, dims, inputs, y).unwrap();
     smm::expert_ffn(threads, rows, dims, &layer.x, &layer.experts(), &layer.row_weights, y_fused).unwrap();
-    let grads = MergeGrads { d_pre, d_row_weights, d_w_down: Some(d_w_down) };
+    let grads = MergeGrads { d_pre, d_row_weights, d_w_down: Some(d_w_down), act: None };
     smm::merge_bwd(threads, rows, dims, inputs, &dy, grads).unwrap();
     let grads = ScatterGrads { dx: Some(dx), d_w_up: Some(d_w_up) };
     smm::scatter_bwd(threads, rows, dims, &layer.x, &up, d_pre, grads).unwrap();

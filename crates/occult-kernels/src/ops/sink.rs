@@ -9,7 +9,14 @@ use candle_core::{Device, Result, Shape, Tensor};
 ///
 /// candle only walks to operations with an input that leads to a variable, so the weight should itself be one.
 #[derive(Debug, Clone, Default)]
-pub struct GradSink(Arc<Mutex<Vec<f32>>>);
+pub struct GradSink(Arc<Mutex<Sum>>);
+
+#[derive(Debug, Default)]
+struct Sum {
+    values: Vec<f32>,
+    /// `values` are memory only: what they hold does not count.
+    forgotten: bool,
+}
 
 impl GradSink {
     /// No gradient yet.
@@ -23,18 +30,41 @@ impl GradSink {
     /// # Errors
     /// A `shape` of another size.
     pub fn take(&self, shape: impl Into<Shape>) -> Result<Option<Tensor>> {
-        let values = std::mem::take(&mut *self.lock());
-        if values.is_empty() { Ok(None) } else { Tensor::from_vec(values, shape, &Device::Cpu).map(Some) }
+        let Sum { values, forgotten } = std::mem::take(&mut *self.lock());
+        if forgotten || values.is_empty() {
+            return Ok(None);
+        }
+        Tensor::from_vec(values, shape, &Device::Cpu).map(Some)
+    }
+
+    /// Forgets what was added so far and keeps the memory for what comes next.
+    pub fn forget(&self) {
+        self.lock().forgotten = true;
     }
 
     /// Calls `f` with the values, zeros at first.
     pub fn add<R>(&self, len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-        let mut values = self.lock();
-        values.resize(len, 0.0);
-        f(&mut values)
+        self.update(len, |values, first| {
+            if first {
+                values.fill(0.0);
+            }
+            f(values)
+        })
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<f32>> {
+    /// Calls `f` with the values and whether it is the first since they were taken or forgotten: it must then overwrite all
+    /// of them, which saves filling and reading them.
+    pub fn update<R>(&self, len: usize, f: impl FnOnce(&mut [f32], bool) -> R) -> R {
+        let mut sum = self.lock();
+        let first = sum.forgotten || sum.values.len() != len;
+        if sum.values.len() != len {
+            sum.values = vec![0.0; len];
+        }
+        sum.forgotten = false;
+        f(&mut sum.values, first)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Sum> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -19,7 +19,7 @@ pub(super) fn merge_bwd(
     grads: MergeGrads<'_>,
 ) {
     let ExpertDims { hidden: d, intermediate: f } = dims;
-    let MergeGrads { d_pre, d_row_weights, d_w_down } = grads;
+    let MergeGrads { d_pre, d_row_weights, d_w_down, act: mut kept } = grads;
     if f == 0 {
         d_row_weights.fill(0.0);
         return;
@@ -27,8 +27,13 @@ pub(super) fn merge_bwd(
     let d_w_down = d_w_down.map(|grad| SendPtr(grad.as_mut_ptr()));
     let d_pre = SendPtr(d_pre.as_mut_ptr());
     let groups = groups(rows, f);
-    let mut act = room(&groups, f);
+    let mut act = if kept.is_some() { Vec::new() } else { room(&groups, f) };
     for group in &groups {
+        // Where the activations of the group go: to who keeps them all, or into room for one group.
+        let act: &mut [f32] = match &mut kept {
+            Some(kept) => &mut kept[group.rows.start * f..group.rows.end * f],
+            None => &mut act,
+        };
         // W_down^T dy, into the first half of each row of d_pre.
         let products: Vec<Product<'_>> = group
             .pieces

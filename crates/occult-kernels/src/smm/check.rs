@@ -1,8 +1,10 @@
 //! Every shape is checked once, here, before a kernel runs.
 
-use super::{ExpertDims, ExpertMatrices, GateUp, MergeGrads, MergeInputs, ScatterGrads};
+use super::{
+    ExpertDims, ExpertMatrices, GateUp, MergeGrads, MergeInputs, ScatterGrads, WeightGrads, WeightInputs,
+};
 use crate::error::{expect_floats, expect_len};
-use crate::{Result, SparseRows};
+use crate::{KernelError, Result, SparseRows};
 
 pub(super) fn scatter(
     rows: &SparseRows,
@@ -39,6 +41,9 @@ pub(super) fn merge_grads(rows: &SparseRows, dims: ExpertDims, grads: &MergeGrad
     let ExpertDims { hidden, intermediate } = dims;
     expect_len("d_pre [N, 2F]", grads.d_pre.len(), &[rows.num_expanded(), 2, intermediate])?;
     expect_len("d_row_weights [N]", grads.d_row_weights.len(), &[rows.num_expanded()])?;
+    if let Some(act) = &grads.act {
+        expect_len("activation [N, F]", act.len(), &[rows.num_expanded(), intermediate])?;
+    }
     match &grads.d_w_down {
         Some(grad) => {
             expect_len("d_w_down [e, D, F]", grad.len(), &[rows.num_experts(), hidden, intermediate])
@@ -58,6 +63,31 @@ pub(super) fn scatter_grads(rows: &SparseRows, dims: ExpertDims, grads: &Scatter
         }
         None => Ok(()),
     }
+}
+
+pub(super) fn weights(
+    rows: &SparseRows,
+    dims: ExpertDims,
+    inputs: &WeightInputs<'_>,
+    grads: &WeightGrads<'_>,
+) -> Result<()> {
+    let ExpertDims { hidden, intermediate } = dims;
+    let (r, n, e) = (rows.num_rows(), rows.num_expanded(), rows.num_experts());
+    expect_len("x [R, D]", inputs.x.len(), &[r, hidden])?;
+    expect_len("dy [R, D]", inputs.dy.len(), &[r, hidden])?;
+    expect_len("activation [N, F]", inputs.act.len(), &[n, intermediate])?;
+    expect_len("d_pre [N, 2F]", inputs.d_pre.len(), &[n, 2, intermediate])?;
+    expect_len("places of the expanded rows [N]", inputs.stored.len(), &[n])?;
+    if let Some(place) = inputs.stored.iter().find(|&&place| place as usize >= n) {
+        return Err(KernelError::Rows { reason: format!("an expanded row stands at {place} of {n}") });
+    }
+    if let Some(grad) = &grads.d_w_up {
+        expect_len("d_w_up [e, 2F, D]", grad.len(), &[e, 2, intermediate, hidden])?;
+    }
+    if let Some(grad) = &grads.d_w_down {
+        expect_len("d_w_down [e, D, F]", grad.len(), &[e, hidden, intermediate])?;
+    }
+    Ok(())
 }
 
 pub(super) fn expert_ffn(

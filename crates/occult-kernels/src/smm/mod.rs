@@ -8,6 +8,7 @@ mod check;
 mod forward;
 mod pieces;
 pub mod reference;
+mod weights;
 
 use crate::error::expect_floats;
 use crate::quant::{self, QuantisedExpert};
@@ -69,8 +70,10 @@ pub struct MergeGrads<'a> {
     pub d_pre: &'a mut [f32],
     /// `[N]`, overwritten.
     pub d_row_weights: &'a mut [f32],
-    /// `[e, D, F]`, added to; `None` for frozen weights.
+    /// `[e, D, F]`, added to; `None` for frozen weights, or to make it later from `act` ([`weights_bwd`]).
     pub d_w_down: Option<&'a mut [f32]>,
+    /// `[N, F]`, overwritten: activation times row weight.
+    pub act: Option<&'a mut [f32]>,
 }
 
 /// Where [`scatter_bwd`] writes.
@@ -80,6 +83,32 @@ pub struct ScatterGrads<'a> {
     pub dx: Option<&'a mut [f32]>,
     /// `[e, 2F, D]`, added to; `None` for frozen weights.
     pub d_w_up: Option<&'a mut [f32]>,
+}
+
+/// What [`weights_bwd`] reads: rows of several parts one after the other.
+#[derive(Debug, Clone, Copy)]
+pub struct WeightInputs<'a> {
+    /// `[R, D]`: the rows.
+    pub x: &'a [f32],
+    /// `[R, D]`: gradients of the merged outputs.
+    pub dy: &'a [f32],
+    /// `[N, F]`, as [`MergeGrads`] has it.
+    pub act: &'a [f32],
+    /// `[N, 2F]`: gradients of the pre-activation.
+    pub d_pre: &'a [f32],
+    /// `[N]`: where each expanded row stands in `act` and `d_pre`.
+    pub stored: &'a [u32],
+}
+
+/// Where [`weights_bwd`] writes.
+#[derive(Debug)]
+pub struct WeightGrads<'a> {
+    /// `[e, 2F, D]`; `None` when nobody asks for it.
+    pub d_w_up: Option<&'a mut [f32]>,
+    /// `[e, D, F]`
+    pub d_w_down: Option<&'a mut [f32]>,
+    /// Adds to what is there instead of overwriting it.
+    pub add: bool,
 }
 
 /// Scattering sparse matmul: `out[n] = W_up[expert of n] x[row_idx[n]]`, gate then up.
@@ -164,6 +193,27 @@ pub fn scatter_bwd(
     check::scatter(rows, dims, x.len(), w_up, d_pre.len())?;
     check::scatter_grads(rows, dims, &grads)?;
     backward::scatter_bwd(threads, rows, dims, x, w_up, d_pre, grads);
+    Ok(())
+}
+
+/// Gradients of the weights alone: `dW_down[expert] (+)= sum over its n of dy[row_idx[n]] act[n]^T` and
+/// `dW_up[expert] (+)= sum over its n of d_pre[n] x[row_idx[n]]^T`, rows ascending.
+///
+/// - `rows`: of all parts, one after the other
+/// - `inputs`, `grads`: see [`WeightInputs`], [`WeightGrads`]
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape, [`crate::KernelError::Rows`] when an expanded row
+/// stands outside.
+pub fn weights_bwd(
+    threads: &Threads,
+    rows: &SparseRows,
+    dims: ExpertDims,
+    inputs: WeightInputs<'_>,
+    grads: WeightGrads<'_>,
+) -> Result<()> {
+    check::weights(rows, dims, &inputs, &grads)?;
+    weights::weights_bwd(threads, rows, dims, inputs, grads);
     Ok(())
 }
 

@@ -2,7 +2,9 @@
 //!
 //! Shapes as in the functions of the same name in [`crate::smm`]; slices that are too short panic.
 
-use super::{ExpertDims, ExpertMatrices, GateUp, MergeGrads, MergeInputs, ScatterGrads};
+use super::{
+    ExpertDims, ExpertMatrices, GateUp, MergeGrads, MergeInputs, ScatterGrads, WeightGrads, WeightInputs,
+};
 use crate::SparseRows;
 
 /// Logistic function.
@@ -68,7 +70,7 @@ pub fn merge_bwd(
     grads: MergeGrads<'_>,
 ) {
     let ExpertDims { hidden: d, intermediate: f } = dims;
-    let MergeGrads { d_pre, d_row_weights, mut d_w_down } = grads;
+    let MergeGrads { d_pre, d_row_weights, mut d_w_down, mut act } = grads;
     for (expert, w_down) in inputs.w_down.iter().enumerate() {
         for n in rows.expanded_of(expert) {
             let weight = inputs.row_weights[n];
@@ -80,6 +82,9 @@ pub fn merge_bwd(
                 // Gradient of w_n h_n.
                 let dh: f32 = (0..d).map(|j| dy[j] * w_down.at(j * f + k)).sum();
                 d_row_weights[n] += h[k] * dh;
+                if let Some(act) = &mut act {
+                    act[n * f + k] = weight * h[k];
+                }
                 d_pre[n * 2 * f + k] = weight * dh * pre[f + k] * silu_grad(pre[k]);
                 d_pre[n * 2 * f + f + k] = weight * dh * silu(pre[k]);
                 if let Some(grad) = &mut d_w_down {
@@ -121,6 +126,30 @@ pub fn scatter_bwd(
                     for k in 0..d {
                         grad[(expert * 2 * f + j) * d + k] += d_pre[j] * x[row * d + k];
                     }
+                }
+            }
+        }
+    }
+}
+
+/// See [`crate::smm::weights_bwd`].
+pub fn weights_bwd(rows: &SparseRows, dims: ExpertDims, inputs: WeightInputs<'_>, grads: WeightGrads<'_>) {
+    let ExpertDims { hidden: d, intermediate: f } = dims;
+    let WeightGrads { mut d_w_up, mut d_w_down, add } = grads;
+    for grad in [&mut d_w_up, &mut d_w_down].into_iter().flatten().filter(|_| !add) {
+        grad.fill(0.0);
+    }
+    for expert in 0..rows.num_experts() {
+        for n in rows.expanded_of(expert) {
+            let (row, at) = (rows.row_idx()[n] as usize, inputs.stored[n] as usize);
+            let (x, dy) = (&inputs.x[row * d..][..d], &inputs.dy[row * d..][..d]);
+            let (act, d_pre) = (&inputs.act[at * f..][..f], &inputs.d_pre[at * 2 * f..][..2 * f]);
+            for (i, (&x, &dy)) in x.iter().zip(dy).enumerate() {
+                if let Some(grad) = &mut d_w_down {
+                    (0..f).for_each(|j| grad[(expert * d + i) * f + j] += dy * act[j]);
+                }
+                if let Some(grad) = &mut d_w_up {
+                    (0..2 * f).for_each(|j| grad[(expert * 2 * f + j) * d + i] += d_pre[j] * x);
                 }
             }
         }

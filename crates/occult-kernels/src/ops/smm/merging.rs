@@ -52,7 +52,7 @@ impl CustomOp3 for Op {
             let all = matrix(cpu(&storage, "w_down")?, layout, "w_down")?;
             let w = unstack(all, rows.num_experts(), dims.hidden, dims.intermediate)?;
             let (d_pre, d_row_weights) = (&mut d_pre[..], &mut d_row_weights[..]);
-            let grads = MergeGrads { d_pre, d_row_weights, d_w_down: dw };
+            let grads = MergeGrads { d_pre, d_row_weights, d_w_down: dw, act: None };
             with_f32(pre, "pre", |pre| {
                 with_f32(row_weights, "the row weights", |row_weights| {
                     with_f32(&dy, "the gradient", |dy| {
