@@ -27,6 +27,9 @@
 //! What it leaves out: overlap of communication with compute, attention and shared experts, activation memory traffic,
 //! contention of switches, kernel launches. It says which placement is faster and by about how much, not what a clock will show.
 //!
+//! With overlap a pass is a schedule on two resources, wire and cores, instead of a sum: [`PassWork::timeline`], from which the
+//! number of parts is chosen, too ([`best_parts`]).
+//!
 //! A step of another size than the measured tokens scales rows and flops; the experts that get a token are then those a
 //! sample of that many independent tokens would touch on average, `1 - (1 - share)^tokens` for each.
 
@@ -34,11 +37,13 @@ mod cluster;
 mod exchange;
 mod explain;
 mod predict;
+mod schedule;
 
 pub use cluster::{Cluster, Compute, InterLink, Link, LinkEnd};
 pub use exchange::{Exchange, ExchangeStep, ExchangeTime};
 pub use explain::explain;
 pub use predict::{ComputeTime, LayerShape, PassTime, StepTime, predict};
+pub use schedule::{MAX_PARTS, PassWork, Timeline, best_parts};
 
 #[cfg(test)]
 mod tests;

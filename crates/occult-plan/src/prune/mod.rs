@@ -64,7 +64,8 @@ pub enum Budget {
 }
 
 impl Budget {
-    fn max_ranks(self) -> usize {
+    /// The most ranks of any token.
+    pub fn max_ranks(self) -> usize {
         match self {
             Self::Fixed { max_ranks } | Self::Adaptive { max_ranks, .. } => max_ranks,
         }
