@@ -23,6 +23,10 @@ pub enum MoeError {
     #[error("{what} from rank {peer}: expected {expected}, found {found}")]
     #[allow(missing_docs, reason = "the message names the fields")]
     Message { what: &'static str, peer: usize, expected: String, found: String },
+    /// No memory for the values of a step.
+    #[error("{what}: no memory for {bytes} bytes")]
+    #[allow(missing_docs, reason = "the message names the fields")]
+    Memory { what: &'static str, bytes: usize },
     /// A router logit is NaN or infinite.
     #[error("row {row}: router logit of expert {expert} is {value}")]
     #[allow(missing_docs, reason = "the message names the fields")]

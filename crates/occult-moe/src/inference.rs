@@ -10,7 +10,8 @@ use crate::error::{MoeError, Result, check_len};
 use crate::exchange::{Counts, DispatchHandle, DispatchInFlight};
 use crate::layer::{Decision, ExpertParallelLayer, Meanwhile};
 use crate::ops::expanded_weights;
-use crate::overlap::chunk;
+use crate::overlap::{Pass, chunk};
+use crate::room;
 use crate::timers::Phase;
 
 impl ExpertParallelLayer {
@@ -67,7 +68,7 @@ impl ExpertParallelLayer {
                 let bounds = self.bounds(step);
                 dispatches.push(exchanger.start_dispatch_bounded(rows, bounds, x, weights, d)?);
             } else {
-                let n = self.num_chunks(tokens, d, dims.intermediate, step)?;
+                let n = self.num_chunks(tokens, d, dims.intermediate, step, Pass::Inference)?;
                 let parts: Vec<Range<usize>> = (0..n).map(|i| chunk(tokens, i, n)).collect();
                 let exchanger = &self.exchanger;
                 let rows: Vec<_> = self.timers.time(Phase::Plan, || {
@@ -94,19 +95,19 @@ impl ExpertParallelLayer {
         tokens: usize,
     ) -> Result<Vec<f32>> {
         let mut combines = Vec::with_capacity(dispatches.len());
+        let mut received = room::empty("rows received", tokens * dims.hidden)?;
         for dispatch in dispatches {
-            let (received, handle) = dispatch.finish()?;
+            received.clear();
+            let handle = dispatch.finish_into(&mut received)?;
             let y = self.compute(&received, &handle, dims, experts)?;
             combines.push(handle.start_combine(&y)?);
+            room::give(y);
         }
-        let mut y = Vec::with_capacity(tokens * dims.hidden);
+        room::give(received);
+        let mut y = Vec::new();
+        room::reserve("outputs of the tokens", &mut y, tokens * dims.hidden)?;
         for combine in combines {
-            let part = combine.finish()?;
-            if y.is_empty() {
-                y = part;
-            } else {
-                y.extend_from_slice(&part);
-            }
+            combine.finish_into(&mut y)?;
         }
         Ok(y)
     }
@@ -120,7 +121,7 @@ impl ExpertParallelLayer {
     ) -> Result<Vec<f32>> {
         let (expanded, sparse) = self.timers.time(Phase::Plan, || self.expand(handle))?;
         let row_weights = expanded_weights(&expanded, handle.row_experts().weights());
-        let mut y = vec![0.0; x.len()];
+        let mut y = room::any("outputs of the experts", x.len())?;
         self.timers
             .time(Phase::Compute, || {
                 expert_ffn(&self.threads, &sparse, dims, x, experts, &row_weights, &mut y)

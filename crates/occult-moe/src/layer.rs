@@ -14,7 +14,8 @@
 //!
 //! Order of additions: within a rank experts ascending, then ranks ascending (on two levels: ranks of a node ascending,
 //! then nodes). So the bits depend on the placement, the mode, the levels and the number of parts (a kernel may be chosen by
-//! the number of an expert's rows, and gradients of weights are added part by part), not on timing or threads.
+//! the number of an expert's rows, and gradients of weights are added part by part, in blocks of the kernel), not on timing
+//! or threads.
 //!
 //! Backward, walked by autograd: 7 sends gradients of outputs to the experts, 6 gives those of weights, pre-activations
 //! and rows, 4 returns the gradients of rows and routing weights in one exchange.
@@ -34,7 +35,7 @@ use occult_plan::{DispatchPlan, ExpertRows, LayerPlacement, PruneStats, RoutingB
 use crate::config::{LayerOptions, Overlap, Step};
 use crate::error::{MoeError, Result, check_len};
 use crate::exchange::{DispatchHandle, Exchanger};
-use crate::overlap::{chunk, chunk_count};
+use crate::overlap::{Pass, chunk, chunk_count};
 use crate::router::{RouterSpec, routing_weights};
 use crate::tensor::with_f32;
 use crate::timers::{Phase, PhaseSeconds, Timers};
@@ -194,7 +195,7 @@ impl ExpertParallelLayer {
             self.check_experts(experts, d)?;
             let (x, weights) = (x.contiguous()?, weights.contiguous()?);
             let plan = self.timers.time(Phase::Plan, || self.plan(routing))?;
-            let num_chunks = self.num_chunks(tokens, d, experts.w_down.dims()[2], step)?;
+            let num_chunks = self.num_chunks(tokens, d, experts.w_down.dims()[2], step, Pass::Training)?;
             let parts: Vec<Range<usize>> = (0..num_chunks).map(|i| chunk(tokens, i, num_chunks)).collect();
             let rows: Vec<_> = self.timers.time(Phase::Plan, || {
                 parts.iter().map(|part| self.exchanger.rows(&plan, part.clone())).collect()
@@ -217,7 +218,7 @@ impl ExpertParallelLayer {
                 Some(compute) => Some(self.timers.time(Phase::Compute, compute)?),
                 None => None,
             };
-            let in_parts = self.options.overlap != Overlap::Off && experts.are_f32();
+            let in_parts = experts.are_f32();
             let walk = if in_parts { Self::in_parts } else { Self::op_by_op };
             let y = walk(self, &x, &weights, experts, parts.into_iter().zip(dispatches).collect())?;
             Ok(match shared {
@@ -245,7 +246,14 @@ impl ExpertParallelLayer {
 
     /// Parts of a step of `tokens` tokens here, `d` wide, experts of intermediate size `f`: the same on every rank.
     /// Collective where `step` is missing and [`Overlap::Auto`] is chosen.
-    pub fn num_chunks(&self, tokens: usize, d: usize, f: usize, step: Option<&Step>) -> Result<usize> {
+    pub fn num_chunks(
+        &self,
+        tokens: usize,
+        d: usize,
+        f: usize,
+        step: Option<&Step>,
+        pass: Pass,
+    ) -> Result<usize> {
         let cluster = match &self.options.overlap {
             Overlap::Off => return Ok(1),
             Overlap::Chunks(n) => return Ok((*n).max(1)),
@@ -262,8 +270,7 @@ impl ExpertParallelLayer {
         let shape = LayerShape::gated(d, f, 4.0);
         // The slowest rank sets the pace: as if all had as many tokens as the one that has most.
         let all = step.max_tokens() * self.comm.world_size();
-        let (placement, topology) = (&self.placement, self.options.topology);
-        Ok(chunk_count(cluster, &shape, placement, topology, self.router.top_k, all))
+        Ok(chunk_count(cluster, &shape, &self.placement, &self.options, self.router.top_k, all, pass))
     }
 
     fn check_experts(&self, experts: ExpertTensors<'_>, d: usize) -> Result<()> {

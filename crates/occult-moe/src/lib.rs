@@ -20,6 +20,7 @@ pub mod overlap;
 mod parts;
 pub mod predict;
 pub mod reference;
+mod room;
 pub mod router;
 pub mod row_plan;
 mod tensor;
@@ -30,5 +31,6 @@ pub use config::{LayerOptions, Mode, Overlap, PruneRule, Pruning, Step, TwoLevel
 pub use error::{MoeError, Result};
 pub use gradients::{all_reduce_gradients, all_reduce_replicas};
 pub use layer::{Decision, ExpertParallelLayer, ExpertTensors, Meanwhile};
+pub use overlap::Pass;
 pub use router::{GroupLimit, RouterSpec, routing_weights};
 pub use timers::{PhaseSeconds, Timers};

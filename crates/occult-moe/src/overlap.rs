@@ -2,57 +2,99 @@
 
 use std::ops::Range;
 
-use occult_plan::cost::{Cluster, LayerShape};
+use occult_plan::LayerPlacement;
+use occult_plan::cost::{Cluster, LayerShape, LinkEnd, PassWork, best_parts};
 use occult_plan::traffic::{ID_BYTES, WEIGHT_BYTES, copy_bounds, uniform_copies};
-use occult_plan::{LayerPlacement, Topology};
 
-/// More parts gain nothing that is worth the messages.
-pub const MAX_CHUNKS: usize = 16;
+use crate::config::{LayerOptions, Mode};
 
-/// The number of parts with the least predicted time, from what every rank knows, so that all ranks find the same.
-///
-/// With wire time `w` (dispatch and combine) and compute time `c` of the whole step, `n` parts take about
-/// `max(w, c) + min(w, c) / n + n o`: what cannot hide is one part's share of the smaller one, and every part costs `o`,
-/// two exchanges' latency and one more reading of the experts' weights. The least is at `n = sqrt(min(w, c) / o)`.
-/// Routing is taken as uniform and load as even.
+/// What a step does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// The forward pass alone.
+    Inference,
+    /// Forward and backward, cut into the same parts.
+    Training,
+}
+
+/// The number of parts with the least predicted time, from what every rank knows, so that all ranks find the same: the
+/// schedule of [`PassWork`] on the links of the cluster, for the rows that this layer's mode, placement and pruning send.
+/// `tokens`: of all ranks. Load is taken as even.
 pub fn chunk_count(
     cluster: &Cluster,
     shape: &LayerShape,
     placement: &LayerPlacement,
-    topology: Topology,
+    options: &LayerOptions,
     top_k: usize,
     tokens: usize,
+    pass: Pass,
 ) -> usize {
-    let ranks = topology.num_ranks() as f64;
-    if tokens == 0 || topology.num_ranks() == 1 || cluster.check().is_err() {
+    let ranks = options.topology.num_ranks();
+    if tokens == 0 || ranks == 1 || cluster.check().is_err() {
         return 1;
     }
+    let passes = passes(cluster, shape, placement, options, top_k, tokens);
+    best_parts(if pass == Pass::Inference { &passes[..1] } else { &passes }, tokens)
+}
+
+/// Ranks and nodes of a token: as measured where that is known, otherwise of uniform routing; no more than pruning leaves.
+fn copies(placement: &LayerPlacement, options: &LayerOptions, top_k: usize) -> [f64; 2] {
+    let nodes = options.topology.num_nodes() as f64;
     let upper = copy_bounds(placement, top_k).upper as f64;
-    let [copies, nodes] =
-        uniform_copies(placement, topology, top_k).unwrap_or([upper, upper.min(topology.num_nodes() as f64)]);
+    let known = options.copies_per_token.or_else(|| uniform_copies(placement, options.topology, top_k));
+    let [ranks, on_nodes] = known.unwrap_or([upper, upper.min(nodes)]);
+    let most = options.pruning.as_ref().map_or(f64::INFINITY, |pruning| pruning.budget.max_ranks() as f64);
+    [ranks.min(most), on_nodes.min(most)]
+}
+
+/// Forward and backward of a step on one rank.
+fn passes(
+    cluster: &Cluster,
+    shape: &LayerShape,
+    placement: &LayerPlacement,
+    options: &LayerOptions,
+    top_k: usize,
+    tokens: usize,
+) -> [PassWork; 2] {
+    let topology = options.topology;
+    let [ranks, nodes, per_node] =
+        [topology.num_ranks(), topology.num_nodes(), topology.ranks_per_node()].map(|n| n as f64);
+    let [copies, node_copies] = copies(placement, options, top_k);
+    let rows = if options.mode == Mode::Conventional { top_k as f64 } else { copies };
+    // Rows of a token over the links between nodes and within one, and the peers of a rank there.
+    let two_level = options.has_two_levels();
+    let (between, within, peers) = match two_level {
+        true => (node_copies * (nodes - 1.0) / nodes, rows * (per_node - 1.0) / per_node, nodes - 1.0),
+        false => (rows * (ranks - per_node) / ranks, rows * (per_node - 1.0) / ranks, ranks - per_node),
+    };
     let per_rank = tokens as f64 / ranks;
-    let row_bytes = shape.hidden as f64 * shape.dtype_bytes;
-    let bytes = |rows: f64| per_rank * (2.0 * rows * row_bytes + top_k as f64 * (ID_BYTES + WEIGHT_BYTES));
-    // Of the copies, the share that stays at home is one rank's.
-    let within = bytes(copies * (ranks - 1.0) / ranks) / cluster.intra.bandwidth_bytes_per_s;
-    let between = cluster.inter.as_ref().filter(|_| topology.num_nodes() > 1).map_or(0.0, |inter| {
-        let remote = nodes * (1.0 - 1.0 / topology.num_nodes() as f64);
-        let sharing =
-            if inter.per == occult_plan::cost::LinkEnd::Node { topology.ranks_per_node() } else { 1 };
-        bytes(remote) * sharing as f64 / inter.link.bandwidth_bytes_per_s
-    });
-    let wire = within.max(between);
+    let wire = |pair_bytes: f64| {
+        let bytes = |of_token: f64| {
+            let pairs = top_k as f64 * of_token / rows.max(1.0);
+            per_rank * (of_token * shape.hidden as f64 * shape.dtype_bytes + pairs * pair_bytes)
+        };
+        let inter = cluster.inter.map_or(0.0, |inter| {
+            let sharing = if inter.per == LinkEnd::Node { per_node } else { 1.0 };
+            bytes(between) * sharing / inter.link.bandwidth_bytes_per_s
+        });
+        inter + bytes(within) / cluster.intra.bandwidth_bytes_per_s
+    };
+    let latency_s = cluster.intra.latency_s * (per_node - 1.0)
+        + cluster.inter.map_or(0.0, |inter| inter.link.latency_s * peers);
     let elements = (shape.num_matrices * shape.hidden * shape.ffn) as f64;
-    let compute = 2.0 * elements * per_rank * top_k as f64 / cluster.compute.flops_per_s;
+    let compute_s = 2.0 * elements * per_rank * top_k as f64 / cluster.compute.flops_per_s;
     let weights = elements * shape.weight_dtype_bytes * placement.num_slots() as f64 / ranks;
-    let latency = cluster
-        .inter
-        .as_ref()
-        .map_or(cluster.intra.latency_s, |i| i.link.latency_s.max(cluster.intra.latency_s));
-    let overhead = 2.0 * latency * (ranks - 1.0) + weights / cluster.compute.memory_bandwidth_bytes_per_s;
-    let best = (wire.min(compute) / overhead).sqrt();
-    // An overhead of zero gives infinity, which the clamp bounds; NaN (0 / 0) becomes 1 by `max`.
-    (best.round().max(1.0) as usize).min(MAX_CHUNKS).min(tokens.max(1))
+    let forward = PassWork {
+        out_s: wire(ID_BYTES + WEIGHT_BYTES),
+        back_s: wire(0.0),
+        latency_s,
+        compute_s,
+        part_s: weights / cluster.compute.memory_bandwidth_bytes_per_s,
+        ..PassWork::default()
+    };
+    // Gradients of the rows cost what the forward products do, those of the weights the same again, for all parts at once.
+    let backward = PassWork { out_s: wire(0.0), back_s: wire(WEIGHT_BYTES), after_s: compute_s, ..forward };
+    [forward, backward]
 }
 
 /// Tokens of part `i` of `n`: sizes differ by at most one.
@@ -63,7 +105,9 @@ pub(crate) fn chunk(tokens: usize, i: usize, n: usize) -> Range<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{PruneRule, Pruning};
     use occult_plan::cost::{Compute, Link};
+    use occult_plan::{Budget, Topology};
 
     fn cluster(latency_s: f64, flops_per_s: f64) -> Cluster {
         Cluster {
@@ -77,17 +121,41 @@ mod tests {
     }
 
     #[test]
-    fn parts_grow_with_what_can_hide_and_shrink_with_latency() {
+    fn parts_follow_latency_compute_mode_and_pass() {
         let experts: Vec<u16> = (0..16).map(|e| e / 4).collect();
         let placement = LayerPlacement::from_expert_ranks(4, &experts).unwrap();
-        let topology = Topology::flat(4).unwrap();
         let shape = LayerShape::gated(512, 512, 4.0);
-        let count = |cluster: &Cluster, tokens| chunk_count(cluster, &shape, &placement, topology, 4, tokens);
+        let options = LayerOptions::new(Topology::flat(4).unwrap());
+        let of = |options: &LayerOptions, cluster: &Cluster, tokens, pass| {
+            chunk_count(cluster, &shape, &placement, options, 4, tokens, pass)
+        };
+        let count = |cluster: &Cluster, tokens| of(&options, cluster, tokens, Pass::Inference);
         assert_eq!(count(&cluster(1e-4, 1e12), 0), 1);
         assert_eq!(count(&cluster(1.0, 1e12), 4096), 1);
         let (few, many) = (count(&cluster(1e-4, 1e12), 4096), count(&cluster(1e-6, 1e12), 4096));
         assert!(1 < few && few < many, "{few} {many}");
-        assert_eq!(count(&cluster(1e-6, 1e18), 4096), 1, "no compute to hide behind");
+        let mut idle = cluster(1e-6, 1e18);
+        idle.compute.memory_bandwidth_bytes_per_s = 1e18;
+        assert_eq!(count(&idle, 4096), 1, "no compute to hide behind");
+        // What hardly sends anything has nothing to hide; pruning and the measured copies say so.
+        let pruned = LayerOptions {
+            pruning: Some(Pruning { rule: PruneRule::BestMass, budget: Budget::Fixed { max_ranks: 1 } }),
+            ..options.clone()
+        };
+        let conventional = LayerOptions { mode: Mode::Conventional, ..options.clone() };
+        let at_home = LayerOptions { copies_per_token: Some([0.01, 0.01]), ..options.clone() };
+        let at_home_conventional = LayerOptions { mode: Mode::Conventional, ..at_home.clone() };
+        let slow = cluster(3e-4, 1e12);
+        for pass in [Pass::Inference, Pass::Training] {
+            assert_eq!(of(&at_home, &slow, 4096, pass), 1);
+            for options in [&options, &conventional, &at_home_conventional, &pruned] {
+                assert!(of(options, &slow, 4096, pass) > 1, "{options:?}");
+            }
+        }
+        let all = [&options, &conventional].map(|o| copies(&placement, o, 4));
+        assert_eq!(all[0], all[1]);
+        assert_eq!(copies(&placement, &pruned, 4), [1.0, 1.0]);
+        assert_eq!(copies(&placement, &at_home, 4), [0.01, 0.01]);
     }
 
     #[test]

@@ -1,13 +1,14 @@
-//! The experts on several parts of the tokens, in one op, so that exchanges of one part run while another is computed:
-//! in the forward pass and in the backward pass.
+//! The experts on the tokens in one part or several, in one op, so that exchanges of one part run while another is
+//! computed: in the forward pass and in the backward pass.
 //!
 //! | | started first, for every part | part after part | at the end |
 //! |---|---|---|---|
 //! | forward | dispatch | wait for rows; expert products; start combine | wait for combine |
-//! | backward | gradients of combine | wait; gradients of the products; start gradients of dispatch | gradients of the up weights; wait |
+//! | backward | gradients of combine | wait; gradients of the products' inputs; start gradients of dispatch | gradients of the weights; wait |
 //!
-//! Gradients of weights wait for nobody: those of the up weights, two thirds of them, are computed while the last rows are
-//! on their way.
+//! Gradients of weights wait for nobody and nobody waits for them: half of the backward products, computed while the last
+//! rows are on their way. They are one product per expert over the rows of all parts, added in the order part, source
+//! rank, token, so that each gradient is written once.
 //!
 //! An op takes at most three tensors, so rows and routing weights are one, `[T, D + K]`. Kept for backward: received rows,
 //! pre-activations and row weights.
@@ -19,7 +20,8 @@ use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor};
 use occult_comm::{CommError, Communicator};
 use occult_kernels::ops::GradSink;
 use occult_kernels::smm::{
-    ExpertDims, GateUp, MergeGrads, MergeInputs, ScatterGrads, merge, merge_bwd, scatter, scatter_bwd,
+    ExpertDims, GateUp, MergeGrads, MergeInputs, ScatterGrads, WeightGrads, WeightInputs, merge, merge_bwd,
+    scatter, scatter_bwd, weights_bwd,
 };
 use occult_kernels::{KernelError, Matrix, SparseRows, Threads};
 use occult_plan::ExpertRows;
@@ -29,6 +31,7 @@ use crate::error::{MoeError, Result};
 use crate::exchange::Path;
 use crate::layer::{ExpertParallelLayer, ExpertTensors};
 use crate::ops::{by_pair, expanded_weights, take};
+use crate::room;
 use crate::tensor::with_f32;
 use crate::timers::Phase;
 
@@ -38,8 +41,8 @@ struct Part {
     tokens: Range<usize>,
     sparse: SparseRows,
     expanded: ExpertRows,
-    /// `[R, D]`
-    x: Vec<f32>,
+    /// Its rows among those received by all parts.
+    rows: Range<usize>,
     /// `[N, 2F]`
     pre: Vec<f32>,
     /// `[N]`
@@ -52,8 +55,38 @@ struct InParts {
     dims: ExpertDims,
     top_k: usize,
     parts: Vec<Part>,
+    /// `[R, D]`: received rows of all parts.
+    x: Vec<f32>,
     sinks: Option<[GradSink; 2]>,
     y: Mutex<Option<Vec<f32>>>,
+}
+
+impl Drop for InParts {
+    fn drop(&mut self) {
+        room::give(std::mem::take(&mut self.x));
+        for part in &mut self.parts {
+            room::give(std::mem::take(&mut part.pre));
+        }
+    }
+}
+
+/// The gradient of a weight, as far as it is wanted.
+enum Wanted<'a> {
+    No,
+    /// Zeros, to be overwritten.
+    Here(&'a mut [f32]),
+    Sink(&'a GradSink, usize),
+}
+
+impl Wanted<'_> {
+    /// Calls `make` with the values, and whether it adds to what is there.
+    fn make(self, make: impl FnOnce(&mut [f32], bool) -> Result<()>) -> Result<()> {
+        match self {
+            Wanted::No => Ok(()),
+            Wanted::Here(values) => make(values, false),
+            Wanted::Sink(sink, len) => sink.update(len, |values, first| make(values, !first)),
+        }
+    }
 }
 
 fn kernel(error: KernelError) -> MoeError {
@@ -83,15 +116,19 @@ impl ExpertParallelLayer {
         let (w_up, w_down) = (experts.w_up.contiguous()?, experts.w_down.contiguous()?);
         let mut kept = Vec::with_capacity(parts.len());
         let mut combines = Vec::with_capacity(parts.len());
+        let mut rows = room::empty("rows received", x.elem_count())?;
+        let mut rows_before = 0;
         for (tokens, dispatch) in parts {
-            let (x, handle) = dispatch.finish()?;
+            let start = rows.len();
+            let handle = dispatch.finish_into(&mut rows)?;
+            let received = &rows[start..];
             let (expanded, sparse) = self.timers.time(Phase::Plan, || self.expand(&handle))?;
             let row_weights = expanded_weights(&expanded, handle.row_experts().weights());
-            let mut pre = vec![0.0; sparse.num_expanded() * 2 * dims.intermediate];
-            let mut y = vec![0.0; x.len()];
+            let mut pre = room::any("pre-activations", sparse.num_expanded() * 2 * dims.intermediate)?;
+            let mut y = room::any("outputs of the experts", received.len())?;
             self.timers.time(Phase::Compute, || -> Result<()> {
                 with_f32(&w_up, |w| {
-                    Ok(scatter(&self.threads, &sparse, dims, &x, &up_matrices(w, dims), &mut pre))
+                    Ok(scatter(&self.threads, &sparse, dims, received, &up_matrices(w, dims), &mut pre))
                 })?
                 .map_err(kernel)?;
                 with_f32(&w_down, |w| {
@@ -101,12 +138,16 @@ impl ExpertParallelLayer {
                 })?
                 .map_err(kernel)
             })?;
-            kept.push(Part { path: handle.path(), tokens, sparse, expanded, x, pre, row_weights });
+            let (path, of) = (handle.path(), rows_before..rows_before + sparse.num_rows());
+            rows_before = of.end;
+            kept.push(Part { path, tokens, sparse, expanded, rows: of, pre, row_weights });
             combines.push(handle.start_combine(&y)?);
+            room::give(y);
         }
-        let mut y = Vec::with_capacity(x.elem_count());
+        let mut y = Vec::new();
+        room::reserve("outputs of the tokens", &mut y, x.elem_count())?;
         for combine in combines {
-            y.extend_from_slice(&combine.finish()?);
+            combine.finish_into(&mut y)?;
         }
         let op = InParts {
             threads: self.threads.clone(),
@@ -114,6 +155,7 @@ impl ExpertParallelLayer {
             dims,
             top_k: weights.dim(1)?,
             parts: kept,
+            x: rows,
             sinks: experts.sinks.map(|sinks| sinks.map(GradSink::clone)),
             y: Mutex::new(Some(y)),
         };
@@ -122,53 +164,69 @@ impl ExpertParallelLayer {
 }
 
 impl InParts {
-    /// Gradients: of rows and weights together `[T, D + K]`, and added to those of the experts' weights.
+    /// Gradients: of rows and weights together `[T, D + K]`, and those of the experts' weights.
     fn backward(
         &self,
         dy: &[f32],
         w_up: &[f32],
         w_down: &[f32],
-        d_up: Option<&mut [f32]>,
-        mut d_down: Option<&mut [f32]>,
+        [d_up, d_down]: [Wanted<'_>; 2],
     ) -> Result<Vec<f32>> {
         let (dims, d, k) = (self.dims, self.dims.hidden, self.top_k);
+        let f = dims.intermediate;
         let (w_up, w_down) = (up_matrices(w_up, dims), down_matrices(w_down, dims));
         let mut arriving = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
             arriving.push(part.path.start_combine_backward(&dy[part.tokens.start * d..part.tokens.end * d])?);
         }
+        let tokens = dy.len().checked_div(d).unwrap_or(0);
+        let num_expanded: usize = self.parts.iter().map(|part| part.sparse.num_expanded()).sum();
+        let mut dy = room::empty("gradients of the outputs", self.x.len())?;
+        let frozen = matches!((&d_up, &d_down), (Wanted::No, Wanted::No));
+        let mut act = room::any("activations", if frozen { 0 } else { num_expanded * f })?;
+        let mut all_d_pre = room::any("gradients of the pre-activations", num_expanded * 2 * f)?;
         let mut leaving = Vec::with_capacity(self.parts.len());
-        let mut all_d_pre = Vec::with_capacity(self.parts.len());
+        let mut expanded_before = 0;
         for (part, arriving) in self.parts.iter().zip(arriving) {
-            let Part { path, sparse, expanded, x, pre, row_weights, .. } = part;
-            let dy = path.finish_combine_backward(arriving)?;
-            let (mut d_pre, mut d_row_weights) = (vec![0.0; pre.len()], vec![0.0; row_weights.len()]);
-            let mut dx = vec![0.0; x.len()];
+            let Part { path, sparse, expanded, rows, pre, row_weights, .. } = part;
+            path.finish_combine_backward(arriving, &mut dy)?;
+            let (x, dy) = (&self.x[rows.start * d..rows.end * d], &dy[rows.start * d..]);
+            let of = expanded_before..expanded_before + sparse.num_expanded();
+            expanded_before = of.end;
+            let d_pre = &mut all_d_pre[of.start * 2 * f..of.end * 2 * f];
+            let mut d_row_weights = vec![0.0; row_weights.len()];
+            let mut dx = room::any("gradients of the rows", x.len())?;
             path.timers().time(Phase::Compute, || -> Result<()> {
                 let inputs = MergeInputs { pre, row_weights, w_down: &w_down };
                 let grads = MergeGrads {
-                    d_pre: &mut d_pre,
+                    d_pre,
                     d_row_weights: &mut d_row_weights,
-                    d_w_down: d_down.as_deref_mut(),
+                    d_w_down: None,
+                    act: (!frozen).then(|| &mut act[of.start * f..of.end * f]),
                 };
-                merge_bwd(&self.threads, sparse, dims, inputs, &dy, grads).map_err(kernel)?;
+                merge_bwd(&self.threads, sparse, dims, inputs, dy, grads).map_err(kernel)?;
                 let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: None };
-                scatter_bwd(&self.threads, sparse, dims, x, &w_up, &d_pre, grads).map_err(kernel)
+                scatter_bwd(&self.threads, sparse, dims, x, &w_up, d_pre, grads).map_err(kernel)
             })?;
             leaving.push(path.start_dispatch_backward(&dx, &by_pair(expanded, &d_row_weights))?);
-            all_d_pre.push(d_pre);
+            room::give(dx);
         }
-        if let Some(d_up) = d_up {
-            for (part, d_pre) in self.parts.iter().zip(all_d_pre) {
-                part.path.timers().time(Phase::Compute, || {
-                    let grads = ScatterGrads { dx: None, d_w_up: Some(&mut *d_up) };
-                    scatter_bwd(&self.threads, &part.sparse, dims, &part.x, &w_up, &d_pre, grads)
-                        .map_err(kernel)
-                })?;
-            }
+        if let Some(first) = self.parts.first().filter(|_| !frozen) {
+            let (rows, stored) = self.joined()?;
+            let inputs = WeightInputs { x: &self.x, dy: &dy, act: &act, d_pre: &all_d_pre, stored: &stored };
+            let weights = |grads: WeightGrads<'_>| {
+                weights_bwd(&self.threads, &rows, dims, inputs, grads).map_err(kernel)
+            };
+            first.path.timers().time(Phase::Weights, || {
+                d_down.make(|to, add| weights(WeightGrads { d_w_up: None, d_w_down: Some(to), add }))?;
+                d_up.make(|to, add| weights(WeightGrads { d_w_up: Some(to), d_w_down: None, add }))
+            })?;
         }
-        let tokens = dy.len().checked_div(d).unwrap_or(0);
-        let mut out = Vec::with_capacity(tokens * (d + k));
+        for values in [dy, act, all_d_pre] {
+            room::give(values);
+        }
+        let mut out = Vec::new();
+        room::reserve("gradients of the tokens", &mut out, tokens * (d + k))?;
         for (part, leaving) in self.parts.iter().zip(leaving) {
             let (dx, dw) = part.path.finish_dispatch_backward(leaving)?;
             for (dx, dw) in dx.chunks_exact(d).zip(dw.chunks_exact(k)) {
@@ -177,6 +235,24 @@ impl InParts {
             }
         }
         Ok(out)
+    }
+
+    /// The rows of all parts one after the other, and where each of their expanded rows stands when those of a part stay
+    /// together.
+    fn joined(&self) -> Result<(SparseRows, Vec<u32>)> {
+        let experts = self.parts.first().map_or(0, |part| part.sparse.num_experts());
+        let (mut offsets, mut idx, mut stored) = (vec![0], Vec::new(), Vec::new());
+        for expert in 0..experts {
+            let mut expanded_before = 0;
+            for Part { sparse, rows, .. } in &self.parts {
+                idx.extend(sparse.rows_of(expert).iter().map(|&row| row + rows.start as u32));
+                stored.extend(sparse.expanded_of(expert).map(|n| (expanded_before + n) as u32));
+                expanded_before += sparse.num_expanded();
+            }
+            offsets.push(idx.len() as u32);
+        }
+        let num_rows = self.parts.last().map_or(0, |part| part.rows.end);
+        Ok((SparseRows::new(num_rows, offsets, idx).map_err(kernel)?, stored))
     }
 }
 
@@ -208,16 +284,15 @@ impl CustomOp3 for InParts {
         let grad = grad.contiguous()?;
         let wanted = |w: &Tensor| (self.sinks.is_none() && w.track_op()).then(|| vec![0.0; w.elem_count()]);
         let (mut d_up, mut d_down) = (wanted(w_up), wanted(w_down));
-        let run = |d_up: Option<&mut [f32]>, d_down: Option<&mut [f32]>| {
-            with_f32(&grad, |dy| {
-                with_f32(w_up, |up| with_f32(w_down, |down| Ok(self.backward(dy, up, down, d_up, d_down))))
-            })
+        let grads = match &self.sinks {
+            None => [&mut d_up, &mut d_down].map(|grad| grad.as_deref_mut().map_or(Wanted::No, Wanted::Here)),
+            Some([up, down]) => {
+                [Wanted::Sink(up, w_up.elem_count()), Wanted::Sink(down, w_down.elem_count())]
+            }
         };
-        let result = match &self.sinks {
-            None => run(d_up.as_deref_mut(), d_down.as_deref_mut()),
-            Some([up, down]) => up
-                .add(w_up.elem_count(), |up| down.add(w_down.elem_count(), |down| run(Some(up), Some(down)))),
-        }?;
+        let result = with_f32(&grad, |dy| {
+            with_f32(w_up, |up| with_f32(w_down, |down| Ok(self.backward(dy, up, down, grads))))
+        })?;
         let d_packed = result.map_err(|error| {
             if !matches!(error, MoeError::Comm(CommError::Peer { .. })) {
                 self.comm.abort(&error.to_string());

@@ -5,6 +5,7 @@ use std::ops::Range;
 use occult_plan::{DispatchPlan, LayerPlacement, Rank, RowExperts, Topology};
 
 use crate::error::{MoeError, Result};
+use crate::room;
 
 /// The highest bit of an expert id on the wire says that it is the last of its row, so that a message needs no counts
 /// per row. A rank (on two levels: a node) therefore holds at most this many experts.
@@ -157,25 +158,24 @@ impl RowPlan {
         self.group_offsets.windows(2).map(|o| [o[1] - o[0], pairs(o[1]) - pairs(o[0])]).collect()
     }
 
-    /// Adds the returned rows `[S, D]` of every source in the stated order, `[sources, D]`.
-    pub(crate) fn merge(&self, rows: &[f32], d: usize) -> Vec<f32> {
-        let mut out = vec![0.0; self.num_sources() * d];
-        if d == 0 {
-            return out;
-        }
-        for (y, of) in out.chunks_exact_mut(d).zip(self.source_offsets.windows(2)) {
-            let (first, rest) = match self.source_rows[of[0] as usize..of[1] as usize] {
-                [first, ref rest @ ..] => (first, rest),
-                [] => continue,
-            };
-            y.copy_from_slice(&rows[first as usize * d..][..d]);
-            for &row in rest {
-                for (y, v) in y.iter_mut().zip(&rows[row as usize * d..][..d]) {
-                    *y += v;
+    /// Appends the sums of the returned rows `[S, D]` of every source in the stated order, `[sources, D]`.
+    pub(crate) fn merge(&self, rows: &[f32], d: usize, out: &mut Vec<f32>) -> Result<()> {
+        room::reserve("sums of the rows that returned", out, self.num_sources() * d)?;
+        for of in self.source_offsets.windows(2) {
+            let start = out.len();
+            match self.source_rows[of[0] as usize..of[1] as usize] {
+                [] => out.resize(start + d, 0.0),
+                [first, ref rest @ ..] => {
+                    out.extend_from_slice(&rows[first as usize * d..][..d]);
+                    for &row in rest {
+                        for (y, v) in out[start..].iter_mut().zip(&rows[row as usize * d..][..d]) {
+                            *y += v;
+                        }
+                    }
                 }
             }
         }
-        out
+        Ok(())
     }
 
     /// Values of this hop's pairs `[P]`, put where the source has its pairs.

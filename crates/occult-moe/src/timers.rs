@@ -15,12 +15,14 @@ pub enum Phase {
     Compute,
     /// Waiting for the wire with nothing else to do.
     Wire,
+    /// Gradients of the experts' weights.
+    Weights,
 }
 
 /// Nanoseconds per phase on one rank since the last [`Timers::take`]; shared by the ops of a layer.
 #[derive(Debug, Default)]
 pub struct Timers {
-    ns: [AtomicU64; 4],
+    ns: [AtomicU64; 5],
     /// When the experts' backward products began.
     backward: Mutex<Option<Instant>>,
 }
@@ -32,10 +34,12 @@ pub struct PhaseSeconds {
     pub plan: f64,
     /// [`Phase::Move`].
     pub moving: f64,
-    /// [`Phase::Compute`].
+    /// [`Phase::Compute`] and [`Phase::Weights`].
     pub compute: f64,
     /// [`Phase::Wire`]: exposed, not hidden behind compute.
     pub wire: f64,
+    /// [`Phase::Weights`].
+    pub weights: f64,
 }
 
 impl Timers {
@@ -65,8 +69,8 @@ impl Timers {
 
     /// What was added since the last call.
     pub fn take(&self) -> PhaseSeconds {
-        let [plan, moving, compute, wire] =
-            [0, 1, 2, 3].map(|i: usize| self.ns[i].swap(0, Ordering::Relaxed) as f64 * 1e-9);
-        PhaseSeconds { plan, moving, compute, wire }
+        let [plan, moving, compute, wire, weights] =
+            [0, 1, 2, 3, 4].map(|i: usize| self.ns[i].swap(0, Ordering::Relaxed) as f64 * 1e-9);
+        PhaseSeconds { plan, moving, compute: compute + weights, wire, weights }
     }
 }

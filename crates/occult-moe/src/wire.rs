@@ -102,9 +102,8 @@ pub(crate) fn unpack(
     let (values, ids) = rest.split_at(rows * d * 4);
     let mut row_weights = vec![0f32; pairs];
     bytemuck::cast_slice_mut(&mut row_weights).copy_from_slice(weights);
-    let start = x.len();
-    x.resize(start + rows * d, 0.0);
-    bytemuck::cast_slice_mut(&mut x[start..]).copy_from_slice(values);
+    // A message may begin anywhere.
+    x.extend(values.chunks_exact(4).map(bytemuck::pod_read_unaligned::<f32>));
     let (mut row_counts, mut since) = (Vec::with_capacity(rows), 0u32);
     let ids = ids.chunks_exact(2).map(|b| {
         let id = u16::from_ne_bytes([b[0], b[1]]);

@@ -8,6 +8,7 @@ use occult_plan::RowExperts;
 
 use super::Counts;
 use crate::error::{Result, check_len};
+use crate::room;
 use crate::row_plan::RowPlan;
 use crate::timers::{Phase, Timers};
 use crate::wire::{COUNT_BYTES, message_bytes, pack, take_header, unpack};
@@ -93,10 +94,15 @@ pub(crate) struct BackInFlight(Box<dyn Exchange>);
 pub(crate) struct AgainInFlight(Box<dyn Exchange>);
 
 impl AgainInFlight {
-    /// Waits: values at the rows received, `[R, D]`.
-    pub(super) fn finish(self, timers: &Timers) -> Result<Vec<f32>> {
+    /// Waits, and appends the values at the rows received, `[R, D]`.
+    pub(super) fn finish(self, timers: &Timers, rows: &mut Vec<f32>) -> Result<()> {
         let arrived = timers.time(Phase::Wire, || self.0.wait())?;
-        Ok(timers.time(Phase::Move, || arrived.buffer.as_slice::<f32>().to_vec()))
+        let values: &[f32] = arrived.buffer.as_slice();
+        timers.time(Phase::Move, || {
+            room::reserve("gradients that arrived", rows, values.len())?;
+            rows.extend_from_slice(values);
+            Ok(())
+        })
     }
 }
 
@@ -175,14 +181,16 @@ impl Level {
 }
 
 impl HopInFlight {
-    pub(super) fn finish(self, d: usize, timers: &Timers) -> Result<(Vec<f32>, Hop)> {
+    /// Waits, and appends the rows received to `x`.
+    pub(super) fn finish(self, d: usize, timers: &Timers, x: &mut Vec<f32>) -> Result<Hop> {
         let Self { level, plan, counts, exchange } = self;
         let arrived = timers.time(Phase::Wire, || exchange.wait())?;
         timers.time(Phase::Move, || {
             let mut rest: &[u8] = arrived.buffer.as_slice();
             let mut all_counts = Counts::with_capacity(level.peers.len());
             let total: usize = counts.iter().flatten().map(|&[rows, _]| rows as usize).sum();
-            let (mut x, mut received) = (Vec::with_capacity(total * d), RowExperts::new());
+            room::reserve("rows that arrived", x, total * d)?;
+            let mut received = RowExperts::new();
             for (i, &peer) in level.peers.iter().enumerate() {
                 let (message, after) = rest.split_at(arrived.bytes[peer]);
                 rest = after;
@@ -190,10 +198,10 @@ impl HopInFlight {
                     Some(counts) => (counts[i], message),
                     None => take_header(message, peer, d)?,
                 };
-                unpack(message, peer, of, d, &mut x, &mut received)?;
+                unpack(message, peer, of, d, x, &mut received)?;
                 all_counts.push(of);
             }
-            Ok((x, Hop { level: Arc::clone(&level), plan, counts: all_counts, received }))
+            Ok(Hop { level: Arc::clone(&level), plan, counts: all_counts, received })
         })
     }
 }
@@ -263,21 +271,23 @@ impl Hop {
         Ok(BackInFlight(self.level.start(what, buffer, &bytes(sizes), bytes(expected), true)?))
     }
 
-    /// Waits, and merges: rows by source `[sources, D]`, values of pairs by the source's pairs.
+    /// Waits, and merges: appends rows by source `[sources, D]`; returns values of pairs by the source's pairs.
     pub(super) fn finish_back(
         &self,
         back: Back,
         hop: BackInFlight,
         d: usize,
         timers: &Timers,
-    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        out: &mut Vec<f32>,
+    ) -> Result<Vec<f32>> {
         let arrived = timers.time(Phase::Wire, || hop.0.wait())?;
         let values: &[f32] = arrived.buffer.as_slice();
-        Ok(timers.time(Phase::Move, || {
+        timers.time(Phase::Move, || {
             if back == Back::Combine {
-                return (self.plan.merge(values, d), Vec::new());
+                self.plan.merge(values, d, out)?;
+                return Ok(Vec::new());
             }
-            let mut rows = Vec::with_capacity(self.plan.num_rows() * d);
+            let mut rows = room::empty("gradients that returned", self.plan.num_rows() * d)?;
             let mut pairs = Vec::with_capacity(self.plan.num_pairs());
             let mut rest = values;
             for [r, p] in self.plan.counts() {
@@ -287,7 +297,9 @@ impl Hop {
                 pairs.extend_from_slice(of);
                 rest = after;
             }
-            (self.plan.merge(&rows, d), self.plan.to_entries(&pairs))
-        }))
+            self.plan.merge(&rows, d, out)?;
+            room::give(rows);
+            Ok(self.plan.to_entries(&pairs))
+        })
     }
 }

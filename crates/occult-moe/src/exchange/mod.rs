@@ -145,22 +145,28 @@ pub struct DispatchInFlight<'a> {
 impl DispatchInFlight<'_> {
     /// Waits. Returns the rows received `[R, D]`, sources ascending, and the handle for the way back.
     pub fn finish(self) -> Result<(Vec<f32>, DispatchHandle)> {
+        let mut x = Vec::new();
+        let handle = self.finish_into(&mut x)?;
+        Ok((x, handle))
+    }
+
+    /// [`finish`](Self::finish) that appends the rows to `x`.
+    pub(crate) fn finish_into(self, x: &mut Vec<f32>) -> Result<DispatchHandle> {
         let Self { exchanger, hop, d } = self;
         let timers = &exchanger.timers;
-        let (mut x, first) = hop.finish(d, timers)?;
-        let mut hops = vec![first];
+        let start = x.len();
+        let mut hops = vec![hop.finish(d, timers, x)?];
         if let Some((level, slots)) = &exchanger.second {
             let received = &hops[0].received;
             let node = level.peers[0] / level.peers.len();
             let plan = timers.time(Phase::Plan, || RowPlan::within_node(received, node, slots))?;
             let counts = level.exchange_counts(std::slice::from_ref(&plan), timers)?.swap_remove(0);
-            let hop =
-                level.start_dispatch(plan, Incoming::Counted(counts), &x, received.weights(), d, timers)?;
-            let (rows, second) = hop.finish(d, timers)?;
-            x = rows;
-            hops.push(second);
+            let (rows, weights) = (&x[start..], received.weights());
+            let hop = level.start_dispatch(plan, Incoming::Counted(counts), rows, weights, d, timers)?;
+            x.truncate(start);
+            hops.push(hop.finish(d, timers, x)?);
         }
-        Ok((x, DispatchHandle(Arc::new(Path { hops, d, timers: Arc::clone(timers) }))))
+        Ok(DispatchHandle(Arc::new(Path { hops, d, timers: Arc::clone(timers) })))
     }
 }
 
@@ -198,7 +204,14 @@ pub struct CombineInFlight {
 impl CombineInFlight {
     /// Waits, and adds up the copies of every token: `[T, D]`.
     pub fn finish(self) -> Result<Vec<f32>> {
-        Ok(self.path.finish_back(Back::Combine, self.hop)?.0)
+        let mut y = Vec::new();
+        self.finish_into(&mut y)?;
+        Ok(y)
+    }
+
+    /// [`finish`](Self::finish) that appends to `y`.
+    pub(crate) fn finish_into(self, y: &mut Vec<f32>) -> Result<()> {
+        self.path.finish_back(Back::Combine, self.hop, y).map(drop)
     }
 }
 
@@ -230,7 +243,9 @@ impl Path {
 
     /// Backward of combine: gradients of the tokens' outputs `[T, D]` to the rows at the experts `[R, D]`.
     pub(crate) fn combine_backward(&self, dy: &[f32]) -> Result<Vec<f32>> {
-        self.finish_combine_backward(self.start_combine_backward(dy)?)
+        let mut rows = Vec::new();
+        self.finish_combine_backward(self.start_combine_backward(dy)?, &mut rows)?;
+        Ok(rows)
     }
 
     pub(crate) fn start_combine_backward(&self, dy: &[f32]) -> Result<AgainInFlight> {
@@ -238,12 +253,16 @@ impl Path {
         self.hops[0].start_again(dy, self.d, &self.timers)
     }
 
-    pub(crate) fn finish_combine_backward(&self, started: AgainInFlight) -> Result<Vec<f32>> {
-        let mut rows = started.finish(&self.timers)?;
+    /// Waits, and appends the gradients of the rows at the experts.
+    pub(crate) fn finish_combine_backward(&self, started: AgainInFlight, rows: &mut Vec<f32>) -> Result<()> {
+        let start = rows.len();
+        started.finish(&self.timers, rows)?;
         for hop in &self.hops[1..] {
-            rows = hop.start_again(&rows, self.d, &self.timers)?.finish(&self.timers)?;
+            let next = hop.start_again(&rows[start..], self.d, &self.timers)?;
+            rows.truncate(start);
+            next.finish(&self.timers, rows)?;
         }
-        Ok(rows)
+        Ok(())
     }
 
     /// Backward of dispatch: gradients of the rows `[R, D]` and of the pairs' weights `[pairs]` at the experts, to those of
@@ -257,15 +276,20 @@ impl Path {
     }
 
     pub(crate) fn finish_dispatch_backward(&self, started: BackInFlight) -> Result<(Vec<f32>, Vec<f32>)> {
-        self.finish_back(Back::DispatchGrad, started)
+        let mut dx = Vec::new();
+        let dw = self.finish_back(Back::DispatchGrad, started, &mut dx)?;
+        Ok((dx, dw))
     }
 
-    fn finish_back(&self, back: Back, mut hop: BackInFlight) -> Result<(Vec<f32>, Vec<f32>)> {
+    fn finish_back(&self, back: Back, mut hop: BackInFlight, rows: &mut Vec<f32>) -> Result<Vec<f32>> {
+        let start = rows.len();
         for (i, at) in self.hops.iter().enumerate().rev() {
-            let (rows, pairs) = at.finish_back(back, hop, self.d, &self.timers)?;
-            let Some(next) = i.checked_sub(1).map(|i| &self.hops[i]) else { return Ok((rows, pairs)) };
-            hop = next.start_back(back, &rows, (back == Back::DispatchGrad).then_some(&pairs), self.d)?;
+            let pairs = at.finish_back(back, hop, self.d, &self.timers, rows)?;
+            let Some(next) = i.checked_sub(1).map(|i| &self.hops[i]) else { return Ok(pairs) };
+            let with = (back == Back::DispatchGrad).then_some(&pairs[..]);
+            hop = next.start_back(back, &rows[start..], with, self.d)?;
+            rows.truncate(start);
         }
-        Ok((Vec::new(), Vec::new()))
+        Ok(Vec::new())
     }
 }
