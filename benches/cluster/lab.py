@@ -1,5 +1,5 @@
 """What `run` and `faults` share: the lab, control groups for the ranks, the programs."""
-import json, os, pathlib, shlex, shutil, subprocess, sys, tempfile
+import contextlib, json, os, pathlib, shlex, shutil, signal, subprocess, sys, tempfile, time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -52,7 +52,8 @@ def probe():
 class Groups:
     """A control group per rank, by either kind of control groups, with a share of the cores."""
 
-    def __init__(self, ranks):
+    def __init__(self, ranks, period_us=PERIOD_US):
+        self.period_us = period_us
         old = pathlib.Path('/sys/fs/cgroup/cpu')
         self.old = (old / 'cpu.cfs_quota_us').exists() or old.is_dir()
         self.path = (old if self.old else pathlib.Path('/sys/fs/cgroup')) / 'occult-lab'
@@ -66,33 +67,48 @@ class Groups:
             self.limit(rank, COMPUTE_CORES / ranks)
 
     def limit(self, rank, cores):
-        group, quota = self.path / f'rank{rank}', max(1000, int(cores * PERIOD_US))
+        group, quota = self.path / f'rank{rank}', max(1000, int(cores * self.period_us))
         if self.old:
             (group / 'cpu.cfs_quota_us').write_text('-1')
-            (group / 'cpu.cfs_period_us').write_text(str(PERIOD_US))
+            (group / 'cpu.cfs_period_us').write_text(str(self.period_us))
             (group / 'cpu.cfs_quota_us').write_text(str(quota))
         else:
-            (group / 'cpu.max').write_text(f'{quota} {PERIOD_US}')
+            (group / 'cpu.max').write_text(f'{quota} {self.period_us}')
 
     def pids(self, rank):
         return [int(p) for p in (self.path / f'rank{rank}' / 'cgroup.procs').read_text().split()]
 
     def remove(self):
+        """Ends what is left in them (of a job that hung) and removes them."""
         for rank in range(self.ranks):
+            for pid in self.pids(rank):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for _ in range(100):
+                if not self.pids(rank):
+                    break
+                time.sleep(0.05)
             (self.path / f'rank{rank}').rmdir()
         self.path.rmdir()
 
 
 class Lab:
-    """Hosts with one rank each, up as long as the `with` lasts."""
+    """Hosts with one rank each or several, up as long as the `with` lasts. `rate`: Mbit/s of a host's link. `short`: the
+    shortest periods in which a rank can have its share of the cores."""
 
-    def __init__(self, ranks, rate):
-        self.ranks, self.rate = ranks, rate
+    def __init__(self, ranks, rate, ranks_per_host=1, short=False):
+        self.ranks, self.rate, self.hosts = ranks, rate, ranks // ranks_per_host
+        self.period_us = int(1000 * max(1, ranks / COMPUTE_CORES)) if short else PERIOD_US
+
+    def remote(self):
+        """Messages of an all-to-all over one host's link."""
+        per_host = self.ranks // self.hosts
+        return per_host * (self.ranks - per_host)
 
     def __enter__(self):
         self.net('down')
-        self.groups = Groups(self.ranks)
-        self.net('up', self.ranks, f'{self.rate:.1f}mbit' if self.rate else 'none')
+        self.groups = Groups(self.ranks, self.period_us)
+        self.net('up', self.hosts, f'{self.rate:.1f}mbit' if self.rate else 'none')
         return self
 
     def __exit__(self, *_):
@@ -109,7 +125,9 @@ class Lab:
     def command(self, program, mpi='openmpi', environment=()):
         """The shell command of a program with one rank per host, each in its control group."""
         settings = [f'RANK_OUTSIDE={os.getpid()}', f'RANK_GROUP={self.groups.path}', *environment]
-        words = [HERE / 'launch', mpi, self.ranks, 1]
+        # Ranks of one host talk through its memory.
+        memory = ['env', 'BTL=vader,tcp,self'] if self.hosts < self.ranks else []
+        words = [*memory, HERE / 'launch', mpi, self.hosts, self.ranks // self.hosts]
         for setting in settings:
             words += ['-x', setting]
         return shlex.join(str(w) for w in [*words, HERE / 'rank', *program])

@@ -58,6 +58,9 @@ pub(crate) struct ShapeArgs {
     /// Measured rounds of all modes, every second one in reverse order, after one that is not measured; medians count
     #[arg(long, value_name = "N", default_value_t = 9)]
     pub(crate) reps: usize,
+    /// Also counts what this network interface of every rank's host sends in the measured steps (Linux)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) interface: Option<String>,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
@@ -75,9 +78,10 @@ pub(crate) struct RunArgs {
     /// Threads of one rank [default: the cores shared out among the ranks of this machine, at least 1]
     #[arg(long, value_name = "N")]
     pub(crate) threads_per_rank: Option<usize>,
-    /// Exchanges beside compute: on (in --chunks parts), off, or as many parts as the cost model finds best
-    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
-    pub(crate) overlap: OverlapArg,
+    /// Exchanges beside compute: on (in --chunks parts), off, or as many parts as the cost model finds best. Several
+    /// (off,auto) take turns like modes
+    #[arg(long, value_enum, value_name = "WHEN", value_delimiter = ',', default_value = "auto")]
+    pub(crate) overlap: Vec<OverlapArg>,
     /// Parts of a step with --overlap on
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
     pub(crate) chunks: usize,
@@ -87,8 +91,13 @@ pub(crate) struct RunArgs {
 }
 
 impl RunArgs {
-    pub(crate) fn overlap(&self, machine: &Machine) -> Overlap {
-        match self.overlap {
+    /// Every mode with every overlap.
+    pub(crate) fn lanes(&self, modes: &[ModeName]) -> Vec<(ModeName, OverlapArg)> {
+        self.overlap.iter().flat_map(|&overlap| modes.iter().map(move |&mode| (mode, overlap))).collect()
+    }
+
+    pub(crate) fn overlap(&self, overlap: OverlapArg, machine: &Machine) -> Overlap {
+        match overlap {
             OverlapArg::Off => Overlap::Off,
             // Nothing to hide behind.
             OverlapArg::Auto if machine.pooled => Overlap::Off,
@@ -136,6 +145,16 @@ pub(crate) enum OverlapArg {
     On,
     Off,
     Auto,
+}
+
+impl OverlapArg {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Off => "off",
+            Self::Auto => "auto",
+        }
+    }
 }
 
 /// What is compared: exchange, placement, pruning.

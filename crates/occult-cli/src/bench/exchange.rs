@@ -10,12 +10,12 @@ use occult_plan::cost::{Cluster, Link};
 use occult_plan::{DispatchPlan, Routing, RoutingBuf};
 use serde_json::{Value, json};
 
-use super::args::{BenchExchangeArgs, ModeName, ShapeArgs};
+use super::args::{BenchExchangeArgs, ModeName, OverlapArg, ShapeArgs};
 use super::machine::{exchange_seconds, wire};
 use super::measure::{PassSeconds, StepSeconds};
 use super::predict::{Parts, forward_bytes, latency, wire_of};
 use super::random::Random;
-use super::rounds::{gather, rounds};
+use super::rounds::{How, gather, rounds};
 use super::setting::{Setting, check, routing_of};
 use crate::output::{Table, bytes, figure, print, print_json};
 use crate::world::run_world;
@@ -72,7 +72,7 @@ struct Subject {
 impl Subject {
     /// `logits` of all ranks' tokens.
     fn new(setting: &Setting, mode: ModeName, logits: &[f32]) -> Result<Self> {
-        let options = setting.options(mode, &Overlap::Off, 0);
+        let options = setting.options(mode, &Overlap::Off, 0)?;
         let layer = setting.layer(mode, options.clone(), &occult_kernels::Threads::new(1))?;
         let routing = layer.decide(logits)?.routing;
         let k = routing.top_k;
@@ -112,7 +112,7 @@ impl Subject {
     fn wire(&self, setting: &Setting, cluster: &Cluster) -> Result<(f64, f64)> {
         let placement = setting.placement(self.mode);
         let of = wire_of(setting, placement, &self.options, cluster, &self.routing)?;
-        Ok((of.forward + latency(cluster, 1), of.packed_bytes))
+        Ok((of.step.forward.exchange_s() + latency(cluster), of.packed_bytes))
     }
 }
 
@@ -143,19 +143,20 @@ fn measure(setting: &Setting, args: &ShapeArgs, sizes: &[usize]) -> Result<Outco
     let subjects =
         args.modes.iter().map(|&mode| Subject::new(setting, mode, logits)).collect::<Result<Vec<_>>>()?;
     let parts = Parts { forward: 1, both: 1 };
-    let modes: Vec<_> = args.modes.iter().map(|&mode| (mode, parts)).collect();
-    let lanes = rounds(setting, &modes, args.reps, false, |i, _| subjects[i].step(setting, &x))?;
+    let how = |&mode| How { mode, overlap: OverlapArg::Off, parts };
+    let modes: Vec<_> = args.modes.iter().map(how).collect();
+    let lanes = rounds(setting, &modes, args, false, |i, _| subjects[i].step(setting, &x))?;
     let mut layer = Vec::with_capacity(lanes.len());
     for (lane, subject) in lanes.into_iter().zip(&subjects) {
         let placement = setting.placement(subject.mode);
         let predicted_bytes = forward_bytes(setting, placement, &subject.options, &subject.routing, 1)?;
         if lane.bytes.forward != predicted_bytes {
             let sent = lane.bytes.forward;
-            bail!("{}: sent {sent} bytes, predicted {predicted_bytes}: this is a bug", lane.mode.name());
+            bail!("{}: sent {sent} bytes, predicted {predicted_bytes}: this is a bug", lane.how.mode.name());
         }
         let (wire_seconds, packed) = subject.wire(setting, &cluster)?;
         let predicted = wire_seconds + per_byte * packed;
-        let (mode, bytes, pass) = (lane.mode, lane.bytes.forward, lane.forward);
+        let (mode, bytes, pass) = (lane.how.mode, lane.bytes.forward, lane.forward);
         layer.push(LayerRows { mode, bytes, predicted_bytes, pass, predicted });
     }
     let (routing, tokens) = (setting.routing.name.clone(), setting.step.tokens().iter().sum());

@@ -51,6 +51,11 @@ impl Experts {
         Ok(ExpertTensors { w_up, w_down, sinks: Some([up, down]) })
     }
 
+    /// Every training step begins without gradients, in the memory of those before.
+    pub(crate) fn forget_gradients(&self) {
+        self.by_count.values().flat_map(|stack| &stack.sinks).for_each(GradSink::forget);
+    }
+
     /// For inference.
     pub(crate) fn with_matrices<R>(
         &self,

@@ -12,7 +12,7 @@ use super::measure::{Rows, forward, forward_backward};
 use super::predict::{self, Parts};
 use super::random::Random;
 use super::report::{Measured, Outcome};
-use super::rounds::{Pass, rounds};
+use super::rounds::{How, Pass, rounds};
 use super::setting::{Setting, check, routing_of};
 use crate::output::{print, print_json};
 use crate::setup;
@@ -45,21 +45,26 @@ pub(crate) fn share_cores(setting: &Setting, threads: usize) -> Result<bool> {
     Ok(one_process && setting.world() * threads > setup::threads(None))
 }
 
-/// The layer of every mode, and the parts of its steps.
+/// The layer of every lane, and how its steps are cut.
 pub(crate) fn layers(
     setting: &Setting,
     args: &ShapeArgs,
     run: &RunArgs,
     machine: &Machine,
     threads: &Threads,
-) -> Result<Vec<(ExpertParallelLayer, Parts)>> {
-    let overlap = run.overlap(machine);
-    let layers = args.modes.iter().map(|&mode| {
-        let layer = setting.layer(mode, setting.options(mode, &overlap, run.small_batch), threads)?;
+) -> Result<Vec<(ExpertParallelLayer, How)>> {
+    let lanes = run.lanes(&args.modes);
+    let layers = lanes.into_iter().map(|(mode, overlap)| {
+        let options = setting.options(mode, &run.overlap(overlap, machine), run.small_batch)?;
+        let layer = setting.layer(mode, options, threads)?;
         let tokens = setting.step.tokens()[setting.comm.rank()];
-        let both = layer.num_chunks(tokens, setting.hidden, setting.ffn, Some(&setting.step))?;
-        let forward = if predict::is_small(setting, layer.options()) { 1 } else { both };
-        Ok((layer, Parts { forward, both }))
+        let (d, f, step) = (setting.hidden, setting.ffn, Some(&setting.step));
+        let both = layer.num_chunks(tokens, d, f, step, occult_moe::Pass::Training)?;
+        let forward = match predict::is_small(setting, layer.options()) {
+            true => 1,
+            false => layer.num_chunks(tokens, d, f, step, occult_moe::Pass::Inference)?,
+        };
+        Ok((layer, How { mode, overlap, parts: Parts { forward, both } }))
     });
     layers.collect()
 }
@@ -75,15 +80,15 @@ fn measure(setting: &Setting, args: &ShapeArgs, run: &RunArgs) -> Result<Outcome
     let machine = machine(setting, &experts, &threads, run.small_batch, run.backward, pooled)?;
     let layers = layers(setting, args, run, &machine, &threads)?;
     let rows = Rows::new(setting, setting.logits_of(rank))?;
-    let modes: Vec<_> = args.modes.iter().zip(&layers).map(|(&mode, (_, parts))| (mode, *parts)).collect();
-    let lanes = rounds(setting, &modes, args.reps, run.backward, |i, pass| match pass {
+    let hows: Vec<How> = layers.iter().map(|(_, how)| *how).collect();
+    let lanes = rounds(setting, &hows, args, run.backward, |i, pass| match pass {
         Pass::Forward => forward(setting, &layers[i].0, &experts, &rows).map(|(seconds, _)| seconds),
         Pass::Both => forward_backward(setting, &layers[i].0, &experts, &rows),
     })?;
     let after = peak_gflops(setting, &threads)?;
     let mut measured = Vec::with_capacity(lanes.len());
-    for (lane, (layer, parts)) in lanes.into_iter().zip(&layers) {
-        let predicted = predict::mode(setting, layer, &machine, *parts)?;
+    for (lane, (layer, how)) in lanes.into_iter().zip(&layers) {
+        let predicted = predict::mode(setting, layer, &machine, how.parts)?;
         measured.push(Measured::checked(lane, predicted)?);
     }
     Ok(Outcome::new(setting, threads.count(), before.max(after), machine, measured))

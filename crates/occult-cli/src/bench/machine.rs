@@ -38,6 +38,8 @@ pub(crate) struct Rates {
     pub(crate) compute_per_pair: f64,
     /// And per expert that has any token in a part of the step: its weights are read.
     pub(crate) compute_per_expert: f64,
+    /// Seconds of gradients of the weights per such pair.
+    pub(crate) weights_per_pair: f64,
 }
 
 /// The same on every rank.
@@ -135,7 +137,7 @@ pub(crate) fn machine(
     let rows = Rows::new(setting, &logits[tokens.start * e..tokens.end * e])?;
     // The same in several parts: what differs is how often the weights are read.
     let layer = |overlap| {
-        setting.layer(ModeName::Dedup, setting.options(ModeName::Dedup, &overlap, small_batch), threads)
+        setting.layer(ModeName::Dedup, setting.options(ModeName::Dedup, &overlap, small_batch)?, threads)
     };
     let layers = [layer(Overlap::Off)?, layer(Overlap::Chunks(PARTS))?];
     let mut steps: [[Vec<StepSeconds>; 2]; 2] = Default::default();
@@ -162,8 +164,12 @@ pub(crate) fn machine(
         let [one, many] = [gather(setting, &steps[0][pass])?, gather(setting, &steps[1][pass])?];
         Ok(rates(&one, &many, &whole, cut, setting.hidden, pooled.then_some(wire)))
     };
-    let forward = rates(0, if small { &whole } else { &cut }, wire.forward)?;
-    let both = if backward { Some(rates(1, &cut, wire.forward + wire.backward)?) } else { None };
+    let forward = rates(0, if small { &whole } else { &cut }, wire.step.forward.exchange_s())?;
+    let both = if backward {
+        Some(rates(1, &cut, wire.step.forward.exchange_s() + wire.step.backward.exchange_s())?)
+    } else {
+        None
+    };
     let per_pair = 6.0 * (setting.hidden * setting.ffn) as f64;
     let weights = per_pair / 2.0 * 4.0;
     cluster.compute = Compute {
@@ -219,11 +225,17 @@ impl Load {
         load
     }
 
-    /// Seconds of the slowest rank's expert products; of the mean where ranks share cores.
-    pub(crate) fn compute_seconds(&self, rates: &Rates, pooled: bool) -> f64 {
-        let ranks = self.pairs.iter().zip(&self.experts);
-        let seconds = ranks.map(|(p, e)| rates.compute_per_pair * p + rates.compute_per_expert * e);
-        if pooled { seconds.sum::<f64>() / self.pairs.len() as f64 } else { seconds.fold(0.0, f64::max) }
+    /// Seconds of the slowest rank's expert products, and of its gradients of weights; of the mean where ranks share cores.
+    pub(crate) fn compute_seconds(&self, rates: &Rates, pooled: bool) -> [f64; 2] {
+        let ranks = self.pairs.iter().zip(&self.experts).map(|(pairs, experts)| {
+            let rows = rates.compute_per_pair * pairs + rates.compute_per_expert * experts;
+            [rows, rates.weights_per_pair * pairs]
+        });
+        if pooled {
+            let sum = ranks.fold([0.0; 2], |sum, of| [sum[0] + of[0], sum[1] + of[1]]);
+            return sum.map(|seconds| seconds / self.pairs.len() as f64);
+        }
+        ranks.fold([0.0; 2], |most, of| if of[0] + of[1] > most[0] + most[1] { of } else { most })
     }
 }
 
@@ -243,9 +255,11 @@ fn rates(
     let (pairs, experts) = (sum(&whole.pairs), sum(&whole.experts));
     // compute = per_pair * pairs + per_expert * experts, twice.
     let more = sum(&cut.experts) - experts;
-    let most = p.compute * world / experts.max(1.0);
+    // Gradients of weights are made once, however many parts there are.
+    let [compute, in_parts] = [p, parts.phases].map(|p| p.compute - p.weights);
+    let most = compute * world / experts.max(1.0);
     let per_expert = match more >= 1.0 && pairs >= 2.0 * experts {
-        true => ((parts.phases.compute - p.compute) * world / more).clamp(0.0, most),
+        true => ((in_parts - compute) * world / more).clamp(0.0, most),
         // Hardly more pairs than experts: it is all reading.
         false => most,
     };
@@ -256,9 +270,10 @@ fn rates(
     Rates {
         plan_per_pair: p.plan * factor / pairs.max(1.0),
         move_per_byte: (p.moving + other) * factor / (whole.copies * (hidden * 4) as f64).max(1.0),
-        compute_per_pair: (p.compute * factor - per_expert * factor / world * experts).max(0.0)
+        compute_per_pair: (compute * factor - per_expert * factor / world * experts).max(0.0)
             / pairs.max(1.0),
         compute_per_expert: per_expert * factor / world,
+        weights_per_pair: p.weights * factor / pairs.max(1.0),
     }
 }
 

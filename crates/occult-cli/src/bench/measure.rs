@@ -19,18 +19,18 @@ pub(crate) struct StepSeconds {
 }
 
 impl StepSeconds {
-    pub(crate) const FIGURES: usize = 5;
+    pub(crate) const FIGURES: usize = 6;
 
     pub(crate) fn figures(&self) -> [f64; Self::FIGURES] {
         let p = &self.phases;
-        [self.total, p.plan, p.moving, p.compute, p.wire]
+        [self.total, p.plan, p.moving, p.compute, p.wire, p.weights]
     }
 
     pub(crate) fn from_figures(figures: &[f64]) -> Self {
         let at = |i: usize| figures.get(i).copied().unwrap_or(0.0);
         Self {
             total: at(0),
-            phases: PhaseSeconds { plan: at(1), moving: at(2), compute: at(3), wire: at(4) },
+            phases: PhaseSeconds { plan: at(1), moving: at(2), compute: at(3), wire: at(4), weights: at(5) },
         }
     }
 }
@@ -80,6 +80,7 @@ pub(crate) fn forward_backward(
     rows: &Rows,
 ) -> Result<StepSeconds> {
     let tensors = experts.tensors(layer.local_experts().len())?;
+    experts.forget_gradients();
     start(setting, layer)?;
     let begin = Instant::now();
     let (y, _) = layer.forward(&rows.x, &rows.logits, tensors, Some(&setting.step), None)?;
@@ -125,6 +126,13 @@ pub(crate) struct PassSeconds {
 }
 
 impl PassSeconds {
+    /// The fastest step.
+    pub(crate) fn least(&self) -> f64 {
+        self.steps.iter().copied().fold(f64::INFINITY, f64::min)
+    }
+}
+
+impl PassSeconds {
     /// From the steps of every rank `[W][steps]`.
     pub(crate) fn of(ranks: &[Vec<StepSeconds>]) -> Self {
         let steps = ranks.first().map_or(0, Vec::len);
@@ -141,6 +149,7 @@ impl PassSeconds {
                 moving: mean(&|p| p.moving),
                 compute: mean(&|p| p.compute),
                 wire: mean(&|p| p.wire),
+                weights: mean(&|p| p.weights),
             },
             steps: seconds,
         }

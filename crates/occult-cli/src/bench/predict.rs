@@ -3,10 +3,12 @@
 use anyhow::Result;
 use occult_moe::predict::{RankBytes, count_bytes, predict_bytes};
 use occult_moe::{ExpertParallelLayer, LayerOptions, Mode, TwoLevel};
-use occult_plan::cost::{Cluster, Exchange, LayerShape, predict};
+use occult_plan::cost::{
+    Cluster, Exchange, ExchangeTime, LayerShape, PassTime, PassWork, StepTime, Timeline, predict,
+};
 use occult_plan::{HomeRanks, LayerPlacement, LayerTraffic, Routing, RoutingBuf};
 
-use super::machine::{Load, Machine, Rates};
+use super::machine::{Load, Machine};
 use super::setting::Setting;
 
 /// Bytes that leave their rank, all ranks together.
@@ -28,6 +30,8 @@ pub(crate) struct Seconds {
     pub(crate) compute: f64,
     /// Nothing hidden.
     pub(crate) wire: f64,
+    /// What the schedule cannot hide.
+    pub(crate) exposed: f64,
 }
 
 /// What is known about a mode before it runs.
@@ -47,8 +51,14 @@ impl Predicted {
             WireBytes { forward: self.bytes.forward * layers as u64, both: self.bytes.both * layers as u64 };
         let times = |s: Seconds, more: f64| {
             let n = layers as f64;
-            let (plan, moving, compute, wire) = (n * s.plan, n * s.moving, n * s.compute, n * s.wire);
-            Seconds { total: n * s.total + more, plan, moving, compute, wire }
+            Seconds {
+                total: n * s.total + more,
+                plan: n * s.plan,
+                moving: n * s.moving,
+                compute: n * s.compute,
+                wire: n * s.wire,
+                exposed: n * s.exposed,
+            }
         };
         self.forward = times(self.forward, forward);
         self.both = self.both.map(|s| times(s, both));
@@ -84,36 +94,87 @@ pub(crate) fn mode(
     let summary = of_wire.traffic.summary();
     let world = setting.world() as f64;
     let pairs = routing.expert_ids.len() as f64 / world;
-    let seconds = |rates: &Rates, wire: f64, rounds: usize, parts: usize| {
-        let (plan, moving) = (rates.plan_per_pair * pairs, rates.move_per_byte * of_wire.packed_bytes);
-        let load = Load::of(setting, placement, &routing, parts);
-        let compute = load.compute_seconds(rates, machine.pooled);
-        let wire = wire + latency(&machine.cluster, rounds);
-        let (long, short) = (wire.max(compute), wire.min(compute));
-        // Ranks that share cores have nothing to hide behind: the exchange is somebody's compute.
-        let exposed = if machine.pooled { short } else { short / parts.max(1) as f64 };
-        Seconds { total: plan + moving + long + exposed, plan, moving, compute, wire }
-    };
-    // Unless a part's messages carry their counts, a round of counts precedes; further parts add only latency.
-    let rounds =
-        |parts: usize, passes: usize, counts: bool| usize::from(counts) + 2 * passes * (parts.max(1) - 1);
+    let load = |parts| Load::of(setting, placement, &routing, parts);
+    // Unless a part's messages carry their counts, a round of counts precedes.
+    let counts = if small { 0.0 } else { latency(&machine.cluster) };
+    let [forward_wire, backward_wire] = [&of_wire.step.forward, &of_wire.step.backward];
+    let before_s = machine.forward.plan_per_pair * pairs + counts;
+    let [compute_s, _] = load(parts.forward).compute_seconds(&machine.forward, machine.pooled);
+    let move_s = machine.forward.move_per_byte * of_wire.packed_bytes;
+    let work = Work { before_s, move_s, compute_s, after_s: 0.0, shared: machine.pooled };
+    let forward = Seconds::of(&[work.with(forward_wire)], parts.forward, before_s - counts);
+    let both = machine.both.map(|rates| {
+        let plan = rates.plan_per_pair * pairs;
+        let [compute_s, after_s] = load(parts.both).compute_seconds(&rates, machine.pooled);
+        // Measured together: each pass moves as much and, but for the gradients of weights, computes as much.
+        let (move_s, compute_s) = (rates.move_per_byte * of_wire.packed_bytes / 2.0, compute_s / 2.0);
+        let before_s = plan + latency(&machine.cluster);
+        let forward = Work { before_s, move_s, compute_s, after_s: 0.0, shared: machine.pooled };
+        let backward = Work { before_s: 0.0, after_s, ..forward };
+        Seconds::of(&[forward.with(forward_wire), backward.with(backward_wire)], parts.both, plan)
+    });
     Ok(Predicted {
         bytes,
         copies_per_token: summary.copies_per_token,
         load_max_over_mean: summary.load_max_over_mean,
-        forward: seconds(&machine.forward, of_wire.forward, rounds(parts.forward, 1, !small), parts.forward),
-        both: machine.both.map(|rates| {
-            seconds(&rates, of_wire.forward + of_wire.backward, rounds(parts.both, 2, true), parts.both)
-        }),
+        forward,
+        both,
     })
+}
+
+/// What a pass does beside the wire.
+#[derive(Clone, Copy)]
+struct Work {
+    before_s: f64,
+    move_s: f64,
+    compute_s: f64,
+    after_s: f64,
+    shared: bool,
+}
+
+impl Work {
+    fn with(self, wire: &PassTime) -> PassWork {
+        let Self { before_s, move_s, compute_s, after_s, shared } = self;
+        let latency_of = |exchange: &ExchangeTime| -> f64 {
+            exchange.steps.iter().map(|step| step.link.latency_s * step.peers as f64).sum()
+        };
+        let latency_s = latency_of(&wire.dispatch);
+        PassWork {
+            before_s,
+            out_s: wire.dispatch.seconds - latency_s,
+            back_s: wire.combine.seconds - latency_s,
+            latency_s,
+            move_s,
+            compute_s,
+            // In `compute_s`, from the experts that each part really has.
+            part_s: 0.0,
+            after_s,
+            shared,
+        }
+    }
+}
+
+impl Seconds {
+    fn of(passes: &[PassWork], parts: usize, plan: f64) -> Self {
+        let timeline =
+            passes.iter().map(|p| p.timeline(parts)).fold(Timeline::default(), |sum, one| sum + one);
+        let sum = |of: fn(&PassWork) -> f64| passes.iter().map(of).sum::<f64>();
+        let n = parts.max(1) as f64;
+        Self {
+            total: timeline.total_s,
+            plan,
+            moving: sum(|p| p.move_s),
+            compute: sum(|p| p.compute_s + p.after_s),
+            wire: sum(|p| p.out_s + p.back_s) + 2.0 * n * sum(|p| p.latency_s),
+            exposed: timeline.exposed_s,
+        }
+    }
 }
 
 /// What the exchanges of a mode carry, and how long the cost model says that takes.
 pub(crate) struct OfWire {
     pub(crate) traffic: LayerTraffic,
-    /// Of the forward and of the backward pass.
-    pub(crate) forward: f64,
-    pub(crate) backward: f64,
+    pub(crate) step: StepTime,
     /// Of the rows that a rank sends in one exchange (to itself, too), on average.
     pub(crate) packed_bytes: f64,
 }
@@ -139,8 +200,7 @@ pub(crate) fn wire_of(
     let shape = LayerShape::gated(setting.hidden, setting.ffn, 4.0);
     let step = predict(cluster, &shape, &traffic, exchange, None)?;
     let packed_bytes = rows as f64 * (setting.hidden * 4) as f64 / setting.world() as f64;
-    let (forward, backward) = (step.forward.exchange_s(), step.backward.exchange_s());
-    Ok(OfWire { traffic, forward, backward, packed_bytes })
+    Ok(OfWire { traffic, step, packed_bytes })
 }
 
 /// Whether inference takes the small-batch path.
@@ -148,11 +208,11 @@ pub(crate) fn is_small(setting: &Setting, options: &LayerOptions) -> bool {
     setting.step.max_tokens() <= options.small_batch_tokens
 }
 
-/// Seconds of so many rounds of all-to-alls that carry next to nothing.
-pub(crate) fn latency(cluster: &Cluster, rounds: usize) -> f64 {
+/// Seconds of an all-to-all that carries next to nothing.
+pub(crate) fn latency(cluster: &Cluster) -> f64 {
     let own = cluster.intra.latency_s * (cluster.ranks_per_node - 1) as f64;
     let others = ((cluster.nodes - 1) * cluster.ranks_per_node) as f64;
-    rounds as f64 * (own + cluster.inter.map_or(0.0, |i| i.link.latency_s * others))
+    own + cluster.inter.map_or(0.0, |i| i.link.latency_s * others)
 }
 
 /// Bytes of the forward pass of all ranks' tokens, in so many parts.

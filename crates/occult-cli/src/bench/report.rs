@@ -125,6 +125,7 @@ impl Outcome {
         );
         let passes: [(&str, bool); 2] = [("forward", false), ("forward + backward", true)];
         for (name, backward) in passes {
+            let several = self.modes.iter().any(|m| m.lane.how.overlap != self.modes[0].lane.how.overlap);
             let Some(first) = self.modes.first().and_then(|m| m.pass(backward)) else { continue };
             let mut table = Table::new([
                 name,
@@ -147,7 +148,7 @@ impl Outcome {
                 let share = |s: f64| format!("{:.1} %", 100.0 * s / pass.seconds);
                 let gflops = flop * if backward { 3.0 } else { 1.0 } / pass.seconds / 1e9;
                 table.row([
-                    m.lane.mode.name().to_owned(),
+                    m.name(several),
                     figure(Some(m.predicted.copies_per_token), 2),
                     figure(Some(m.predicted.load_max_over_mean), 2),
                     bytes(wire as f64),
@@ -175,9 +176,14 @@ impl Measured {
     pub(crate) fn checked(lane: Lane, predicted: Predicted) -> Result<Self> {
         let (sent, expected) = (lane.bytes, predicted.bytes);
         if sent.forward != expected.forward || (lane.both.is_some() && sent.both != expected.both) {
-            bail!("{}: sent {sent:?}, predicted {expected:?}: this is a bug", lane.mode.name());
+            bail!("{}: sent {sent:?}, predicted {expected:?}: this is a bug", lane.how.mode.name());
         }
         Ok(Self { lane, predicted })
+    }
+
+    fn name(&self, with_overlap: bool) -> String {
+        let (mode, overlap) = (self.lane.how.mode.name(), self.lane.how.overlap.name());
+        if with_overlap { format!("{mode}, overlap {overlap}") } else { mode.to_owned() }
     }
 
     fn pass(&self, backward: bool) -> Option<(&PassSeconds, &Seconds, u64, usize)> {
@@ -186,13 +192,13 @@ impl Measured {
                 &self.lane.forward,
                 &self.predicted.forward,
                 self.lane.bytes.forward,
-                self.lane.parts.forward,
+                self.lane.how.parts.forward,
             ),
             true => (
                 self.lane.both.as_ref()?,
                 self.predicted.both.as_ref()?,
                 self.lane.bytes.both,
-                self.lane.parts.both,
+                self.lane.how.parts.both,
             ),
         })
     }
@@ -204,19 +210,25 @@ impl Measured {
             None => (self.lane.bytes.forward, self.predicted.bytes.forward),
         };
         json!({
-            "mode": self.lane.mode.name(),
+            "mode": self.lane.how.mode.name(),
+            "overlap": self.lane.how.overlap.name(),
             "copies_per_token": self.predicted.copies_per_token,
             "load_max_over_mean": self.predicted.load_max_over_mean,
             "wire_bytes": wire,
             "predicted_wire_bytes": predicted,
             "forward_wire_bytes": self.lane.bytes.forward,
+            "interface_bytes": self.lane.interface_bytes.map(|[forward, both]| match self.lane.both {
+                Some(_) => both,
+                None => forward,
+            }),
+            "forward_interface_bytes": self.lane.interface_bytes.map(|[forward, _]| forward),
             "forward_seconds": self.lane.forward.seconds,
             "forward_gflops": gflops(&self.lane.forward, 1.0),
             "forward_backward_seconds": self.lane.both.as_ref().map(|b| b.seconds),
             "forward_backward_gflops": self.lane.both.as_ref().map(|b| gflops(b, 3.0)),
-            "forward": pass_json(&self.lane.forward, &self.predicted.forward, self.lane.parts.forward),
+            "forward": pass_json(&self.lane.forward, &self.predicted.forward, self.lane.how.parts.forward),
             "forward_backward": self.lane.both.as_ref().zip(self.predicted.both.as_ref())
-                .map(|(both, predicted)| pass_json(both, predicted, self.lane.parts.both)),
+                .map(|(both, predicted)| pass_json(both, predicted, self.lane.how.parts.both)),
         })
     }
 }
@@ -227,9 +239,11 @@ pub(crate) fn pass_json(pass: &PassSeconds, predicted: &Seconds, parts: usize) -
     let p = &pass.phases;
     json!({
         "seconds": pass.seconds,
+        "least_seconds": pass.least(),
         "predicted_seconds": predicted.total,
         "parts": parts,
         "compute_seconds": p.compute,
+        "weight_gradient_seconds": p.weights,
         "exposed_wire_seconds": p.wire,
         "moving_seconds": p.moving,
         "planning_seconds": p.plan,
@@ -237,6 +251,7 @@ pub(crate) fn pass_json(pass: &PassSeconds, predicted: &Seconds, parts: usize) -
         "predicted": {
             "compute_seconds": predicted.compute,
             "wire_seconds": predicted.wire,
+            "exposed_wire_seconds": predicted.exposed,
             "moving_seconds": predicted.moving,
             "planning_seconds": predicted.plan,
         },

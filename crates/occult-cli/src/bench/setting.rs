@@ -9,7 +9,7 @@ use occult_kernels::Threads;
 use occult_moe::{ExpertParallelLayer, LayerOptions, Mode, Overlap, PruneRule, Pruning, Step, topology_of};
 use occult_plan::placement::contiguous;
 use occult_plan::placement::search::{self, SearchOptions};
-use occult_plan::{Budget, LayerPlacement, Rank, RoutingBuf, Topology};
+use occult_plan::{Budget, HomeRanks, LayerPlacement, LayerTraffic, Rank, RoutingBuf, Topology};
 
 use super::args::{ModeName, ShapeArgs};
 use super::routing::{BenchRouting, routing};
@@ -102,15 +102,24 @@ impl Setting {
     }
 
     /// How a mode runs.
-    pub(crate) fn options(&self, mode: ModeName, overlap: &Overlap, small_batch: usize) -> LayerOptions {
+    pub(crate) fn options(
+        &self,
+        mode: ModeName,
+        overlap: &Overlap,
+        small_batch: usize,
+    ) -> Result<LayerOptions> {
+        let (placement, profiled) = (self.placement(mode), self.routing.profiled.view()?);
+        let traffic =
+            LayerTraffic::measure(placement, self.topology, HomeRanks::Uniform, &profiled)?.summary();
         let prune = |max_ranks| Pruning { rule: PruneRule::BestMass, budget: Budget::Fixed { max_ranks } };
-        LayerOptions {
+        Ok(LayerOptions {
             mode: if mode == ModeName::Conventional { Mode::Conventional } else { Mode::Dedup },
             pruning: mode.max_ranks().map(prune),
             overlap: overlap.clone(),
             small_batch_tokens: small_batch,
+            copies_per_token: Some([traffic.copies_per_token, traffic.node_copies_per_token]),
             ..LayerOptions::new(self.topology)
-        }
+        })
     }
 
     /// The layer of a mode.

@@ -18,7 +18,7 @@ use super::measure::{PassSeconds, Rows, StepSeconds, values};
 use super::predict;
 use super::random::Random;
 use super::report::{Measured, Outcome};
-use super::rounds::{Pass, gather, rounds};
+use super::rounds::{How, Pass, gather, rounds};
 use super::setting::{Setting, check, routing_of};
 use crate::output::{print, print_json};
 use crate::world::run_world;
@@ -92,6 +92,7 @@ impl Stack<'_> {
     /// A step with a layer's exchange (collective), or of the dense part alone.
     fn step(&self, layer: Option<&ExpertParallelLayer>, pass: Pass) -> Result<StepSeconds> {
         layer.map(ExpertParallelLayer::take_seconds);
+        self.experts.iter().for_each(Experts::forget_gradients);
         self.setting.comm.barrier("bench step")?;
         let begin = Instant::now();
         match pass {
@@ -169,13 +170,12 @@ fn measure(setting: &Setting, args: &ShapeArgs, run: &RunArgs, num_layers: usize
     let dense_forward = stack.dense_seconds(Pass::Forward)?;
     let dense_both = if run.backward { stack.dense_seconds(Pass::Both)? } else { 0.0 };
     let layers = layers(setting, args, run, &machine, &threads)?;
-    let modes: Vec<_> = args.modes.iter().zip(&layers).map(|(&mode, (_, parts))| (mode, *parts)).collect();
-    let lanes =
-        rounds(setting, &modes, args.reps, run.backward, |i, pass| stack.step(Some(&layers[i].0), pass))?;
+    let hows: Vec<How> = layers.iter().map(|(_, how)| *how).collect();
+    let lanes = rounds(setting, &hows, args, run.backward, |i, pass| stack.step(Some(&layers[i].0), pass))?;
     let after = peak_gflops(setting, &threads)?;
     let mut measured = Vec::with_capacity(lanes.len());
-    for (lane, (layer, parts)) in lanes.into_iter().zip(&layers) {
-        let predicted = predict::mode(setting, layer, &machine, *parts)?;
+    for (lane, (layer, how)) in lanes.into_iter().zip(&layers) {
+        let predicted = predict::mode(setting, layer, &machine, how.parts)?;
         measured.push(Measured::checked(lane, predicted.times(num_layers, dense_forward, dense_both))?);
     }
     let outcome = Outcome::new(setting, threads.count(), before.max(after), machine, measured);
