@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use candle_core::Var;
+use candle_core::{DType, Var};
 use common::{Case, difference, run, tensor, values, var};
 use occult_comm::{Communicator, ThreadOptions};
 use occult_kernels::Threads;
@@ -116,6 +116,49 @@ fn sinks_get_what_autograd_would() {
         for (got, want) in of(true).iter().zip(&of(false)) {
             for (got, want) in got.iter().zip(want) {
                 assert!(difference(got, want) < 1e-5);
+            }
+        }
+    }
+}
+
+/// Weights in 16 bits take the four ops, those in 32 bits the one op for all parts: the same values give the same results.
+#[test]
+fn one_op_for_all_parts_does_what_four_ops_do() {
+    let (world, k, d, f) = (3, 2, 8, 6);
+    let case = Case::random(17, world, 7, k, d, f);
+    let (ids, weights) = routing(&case, k);
+    for overlap in [Overlap::Off, Overlap::Chunks(3)] {
+        let mut options = LayerOptions::new(Topology::flat(world).unwrap());
+        options.overlap = overlap;
+        let body = |comm: Arc<dyn Communicator>, dtype: DType| -> Result<[Vec<f32>; 4], MoeError> {
+            let rank = comm.rank();
+            let rows = case.rows_of(rank);
+            let n = case.placement.experts_of(rank as Rank).len();
+            let stored = |values: &[f32], shape: (usize, usize, usize)| -> Result<Var, MoeError> {
+                Ok(Var::from_tensor(&tensor(values, shape).to_dtype(DType::BF16)?.to_dtype(dtype)?)?)
+            };
+            let up = stored(&case.local(rank, &case.w_up, 2 * f * d), (n, 2 * f, d))?;
+            let down = stored(&case.local(rank, &case.w_down, d * f), (n, d, f))?;
+            let w = tensor(&weights[rows.start * k..rows.end * k], (rows.len(), k));
+            let (router, placement) = (case.router.clone(), case.placement.clone());
+            let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;
+            let expert_ids = ids[rows.start * k..rows.end * k].to_vec();
+            let routing = RoutingBuf { num_experts: 7, top_k: k, expert_ids, ..RoutingBuf::default() };
+            let x = var(&case.x[rows.start * d..rows.end * d], (rows.len(), d));
+            let sinks = [GradSink::new(), GradSink::new()];
+            let experts = ExpertTensors { w_up: &up, w_down: &down, sinks: Some([&sinks[0], &sinks[1]]) };
+            let y = layer.forward_routed(&x, &routing, &w, experts, None, None)?;
+            let grads = y.sqr()?.sum_all()?.backward()?;
+            let dx = grads.get(x.as_tensor()).map_or_else(Vec::new, values);
+            let [d_up, d_down] = [(&sinks[0], &up), (&sinks[1], &down)]
+                .map(|(sink, v)| sink.take(v.shape()).unwrap().map_or_else(Vec::new, |t| values(&t)));
+            Ok([values(&y), dx, d_up, d_down])
+        };
+        let of = |dtype| run(world, &ThreadOptions::default(), |comm| body(comm, dtype)).all().unwrap();
+        for (got, want) in of(DType::F32).iter().zip(&of(DType::BF16)) {
+            for (got, want) in got.iter().zip(want) {
+                assert_eq!(got.len(), want.len());
+                assert!(difference(got, want) < 1e-5, "{}", difference(got, want));
             }
         }
     }
