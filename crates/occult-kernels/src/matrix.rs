@@ -48,6 +48,16 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// The first value and the bytes of each; `None` where values have no address of their own.
+    pub(crate) fn stored(&self) -> Option<(*const u8, usize)> {
+        match self {
+            Matrix::F32(values) => Some((values.as_ptr().cast(), 4)),
+            Matrix::Bf16(values) => Some((values.as_ptr().cast(), 2)),
+            Matrix::F16(values) => Some((values.as_ptr().cast(), 2)),
+            Matrix::Quantised(_) => None,
+        }
+    }
+
     /// The first `row` rows of `cols` columns, and the rest: a fused `[2F, D]` gate and up matrix becomes its halves.
     /// `None` when there are fewer rows, or the matrix is quantised.
     #[must_use]

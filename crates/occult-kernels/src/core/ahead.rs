@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use super::product::{Product, Right, at};
-use crate::Matrix;
 
 /// Steps of a tile between two requests.
 pub(crate) const STEPS: usize = 16;
@@ -42,12 +41,7 @@ impl<'a> Block<'a> {
             return None;
         }
         let (Right::Transposed { matrix } | Right::Plain { matrix, .. }) = product.b;
-        let (values, size): (*const u8, usize) = match matrix {
-            Matrix::F32(values) => (values.as_ptr().cast(), 4),
-            Matrix::Bf16(values) => (values.as_ptr().cast(), 2),
-            Matrix::F16(values) => (values.as_ptr().cast(), 2),
-            Matrix::Quantised(_) => return None,
-        };
+        let (values, size) = matrix.stored()?;
         let (stride, idx, rows, inside) = match product.b {
             Right::Transposed { .. } => (product.k, None, cols, steps),
             Right::Plain { idx, .. } => (product.n, idx, steps, cols),

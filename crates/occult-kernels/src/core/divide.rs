@@ -8,6 +8,8 @@ use crate::Threads;
 
 /// Most rows of a block: a hot expert is many blocks.
 const ROW_BLOCK: usize = 1024;
+/// Rows below which a block is not halved: each packs the weights again.
+const LEAST_ROWS: usize = 128;
 /// Most columns of a block: a packed block of B fills half of a usual second-level cache.
 const COL_BLOCK: usize = 256;
 /// Blocks wanted for each thread, so that none waits long for the last.
@@ -21,13 +23,19 @@ pub(crate) fn for_each_block(
     work: impl Fn(usize, Range<usize>, Range<usize>, Option<(usize, Range<usize>)>) + Sync,
 ) {
     let unit = 2 * threads.isa().tile_cols;
-    let row_blocks = |m: usize| m.div_ceil(ROW_BLOCK);
-    let num_blocks =
-        |width: usize| shapes.iter().map(|&(m, n)| row_blocks(m) * n.div_ceil(width)).sum::<usize>();
-    let mut width = COL_BLOCK.max(unit);
-    while width > unit && num_blocks(width) < BLOCKS_PER_THREAD * threads.count() {
+    let num_blocks = |height: usize, width: usize| -> usize {
+        shapes.iter().map(|&(m, n)| m.div_ceil(height) * n.div_ceil(width)).sum()
+    };
+    let wanted = BLOCKS_PER_THREAD * threads.count();
+    let (mut height, mut width) = (ROW_BLOCK, COL_BLOCK.max(unit));
+    while width > unit && num_blocks(height, width) < wanted {
         width = (width / 2).max(unit);
     }
+    // A router has few columns.
+    while height > LEAST_ROWS && num_blocks(height, width) < wanted {
+        height /= 2;
+    }
+    let row_blocks = |m: usize| m.div_ceil(height);
     // ends[i]: blocks of the shapes up to i.
     let ends: Vec<usize> = shapes
         .iter()

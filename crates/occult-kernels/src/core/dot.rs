@@ -2,6 +2,9 @@
 
 use crate::simd::{Simd, Stored};
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Weight rows times x rows, a block of dot products at a time.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Dot<T> {
@@ -19,6 +22,9 @@ pub(crate) struct Dot<T> {
     pub(crate) out: *const *mut f32,
     /// Adds to the results instead of overwriting them.
     pub(crate) add: bool,
+    /// Weight rows that will most likely be asked for after these, so that memory is asked for them meanwhile; need not
+    /// be valid.
+    pub(crate) next: *const T,
 }
 
 /// All dot products of `WR` weight rows with `XR` x rows. Lanes are added up in ascending k, then summed, then the rest
@@ -31,13 +37,19 @@ unsafe fn block<S: Simd, T: Stored, const WR: usize, const XR: usize>(dot: &Dot<
         let mut acc = [[S::splat(0.0); WR]; XR];
         let whole = dot.k - dot.k % S::LANES;
         let mut step = 0;
+        let line = (LINE / size_of::<T>()).max(S::LANES);
+        // The same place of the next block, so that memory never waits for the end of a row.
+        let next = if col + WR < dot.cols { w.wrapping_add(WR * dot.stride) } else { dot.next };
         while step < whole {
+            // Each line once, into the second-level cache: the first would have too few places for what is under way.
+            if step % line == 0 {
+                for j in 0..WR {
+                    S::prefetch_far(next.wrapping_add(j * dot.stride + step).cast());
+                }
+            }
             let mut weights = [S::splat(0.0); WR];
             for (j, weight) in weights.iter_mut().enumerate() {
-                let at = w.add(j * dot.stride + step);
-                *weight = T::load::<S>(at);
-                // The same place of the next block, so that memory never waits for the end of a row.
-                S::prefetch(at.wrapping_add(WR * dot.stride).cast());
+                *weight = T::load::<S>(w.add(j * dot.stride + step));
             }
             for (i, acc) in acc.iter_mut().enumerate() {
                 let x = S::load((*dot.x.add(i)).add(step));
@@ -47,15 +59,20 @@ unsafe fn block<S: Simd, T: Stored, const WR: usize, const XR: usize>(dot: &Dot<
             }
             step += S::LANES;
         }
-        for (i, acc) in acc.iter().enumerate() {
+        // A loop of its own with nothing else in it: so that it is unrolled and the accumulators stay in registers.
+        let mut sums = [[0.0; WR]; XR];
+        for (sums, acc) in sums.iter_mut().zip(&acc) {
+            for (sum, &acc) in sums.iter_mut().zip(acc) {
+                *sum = S::sum(acc);
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
             let (x, out) = (*dot.x.add(i), (*dot.out.add(i)).add(col));
-            for (j, &acc) in acc.iter().enumerate() {
-                let mut sum = S::sum(acc);
-                for step in whole..dot.k {
-                    sum += *x.add(step) * (*w.add(j * dot.stride + step)).widen();
-                }
+            for (j, &sum) in sums.iter().enumerate() {
+                let rest = (whole..dot.k)
+                    .fold(sum, |sum, step| sum + *x.add(step) * (*w.add(j * dot.stride + step)).widen());
                 let to = out.add(j);
-                *to = if dot.add { *to + sum } else { sum };
+                *to = if dot.add { *to + rest } else { rest };
             }
         }
     }

@@ -96,7 +96,7 @@ impl Product<'_> {
                     self.c_row(row).add(cols.start).write_bytes(0, cols.len());
                 }
             } else if self.few_rows {
-                self.dots(isa, rows, cols);
+                self.dots(isa, rows, cols, next);
             } else {
                 self.packed(isa, rows, cols, next);
             }
@@ -270,16 +270,30 @@ impl Product<'_> {
         }
     }
 
-    unsafe fn dots(&self, isa: &Isa, rows: Range<usize>, cols: Range<usize>) {
+    /// Where row `row` of a transposed weight begins.
+    fn stored_row(&self, row: usize) -> Option<*const u8> {
+        let Right::Transposed { matrix } = self.b else { return None };
+        let (values, size): (*const u8, usize) = matrix.stored()?;
+        Some(values.wrapping_add(row * self.k * size))
+    }
+
+    unsafe fn dots(
+        &self,
+        isa: &Isa,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        next: Option<(&Self, Range<usize>)>,
+    ) {
+        let next = next.and_then(|(product, cols)| product.stored_row(cols.start));
         let Right::Transposed { matrix } = self.b else {
             unreachable!("few rows of a transposed weight only")
         };
         // SAFETY: the caller's promise.
         unsafe {
             match matrix {
-                Matrix::F32(values) => self.dots_typed(&isa.f32, values, rows, cols),
-                Matrix::Bf16(values) => self.dots_typed(&isa.bf16, values, rows, cols),
-                Matrix::F16(values) => self.dots_typed(&isa.f16, values, rows, cols),
+                Matrix::F32(values) => self.dots_typed(&isa.f32, values, rows, cols, next),
+                Matrix::Bf16(values) => self.dots_typed(&isa.bf16, values, rows, cols, next),
+                Matrix::F16(values) => self.dots_typed(&isa.f16, values, rows, cols, next),
                 Matrix::Quantised(_) => unreachable!("refused by the checks"),
             }
         }
@@ -291,11 +305,13 @@ impl Product<'_> {
         values: &[T],
         rows: Range<usize>,
         cols: Range<usize>,
+        next: Option<*const u8>,
     ) {
         let at_once = (DOT_BYTES / (self.k * size_of::<T>())).max(8);
         let groups = rows.len().div_ceil(kernels.dot.len());
         for col in cols.clone().step_by(at_once) {
             let num_cols = at_once.min(cols.end - col);
+            let last = col + num_cols == cols.end;
             for group in 0..groups {
                 let first = rows.start + group * rows.len() / groups;
                 let len = rows.start + (group + 1) * rows.len() / groups - first;
@@ -314,6 +330,10 @@ impl Product<'_> {
                         x: x.as_ptr(),
                         out: out.as_ptr(),
                         add: self.c.add,
+                        next: match next.filter(|_| last) {
+                            Some(next) => next.cast(),
+                            None => values.as_ptr().wrapping_add((col + num_cols) * self.k),
+                        },
                     });
                 }
             }
