@@ -2,12 +2,11 @@
 //!
 //! GOP/s counts a multiplication and an addition as two. GB/s counts the bytes of the weights once per call. Medians.
 
-use std::hint::black_box;
 use std::time::Instant;
 
 use half::bf16;
 use occult_kernels::quant::{Format, Isa, Layout, Quantised, QuantisedExpert, expert_ffn, linear};
-use occult_kernels::{SparseRows, Threads};
+use occult_kernels::{SparseRows, Threads, peak};
 
 /// Bytes that no cache of this class of machine holds.
 const LARGE: usize = 256 << 20;
@@ -25,53 +24,10 @@ fn median(budget: f64, mut call: impl FnMut()) -> f64 {
     times[times.len() / 2]
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn products() -> i32 {
-    use std::arch::x86_64::*;
-    let mut sums = [_mm512_setzero_si512(); 16];
-    let (a, b) = (_mm512_set1_epi8(black_box(3)), _mm512_set1_epi8(black_box(2)));
-    for _ in 0..1_000_000 {
-        for sum in &mut sums {
-            *sum = _mm512_dpbusd_epi32(*sum, a, b);
-        }
-    }
-    sums.into_iter().map(|s| _mm512_reduce_add_epi32(s)).fold(0, i32::wrapping_add)
-}
-
-/// GOP/s of `vpdpbusd` from registers, on all threads; 0 where there is none.
-fn peak(threads: &Threads) -> f64 {
-    #[cfg(target_arch = "x86_64")]
-    if Isa::Avx512Vnni.available() {
-        let seconds = median(0.5, || {
-            threads.for_each(threads.count(), |_| {
-                // SAFETY: the processor has the instructions.
-                black_box(unsafe { products() });
-            });
-        });
-        return 16e6 * 128.0 * threads.count() as f64 / seconds / 1e9;
-    }
-    0.0
-}
-
-/// GB/s of reading memory, on all threads.
-fn bandwidth(threads: &Threads, data: &[u64]) -> f64 {
-    let part = data.len() / threads.count();
-    let seconds = median(0.5, || {
-        threads.for_each(threads.count(), |t| {
-            let sum = data[t * part..(t + 1) * part].chunks_exact(64).fold([0u64; 64], |mut sums, chunk| {
-                sums.iter_mut().zip(chunk).for_each(|(s, v)| *s ^= v);
-                sums
-            });
-            black_box(sum);
-        });
-    });
-    (data.len() * 8) as f64 / seconds / 1e9
-}
-
 /// `count` matrices of one shape in one allocation.
 struct Pool {
     layout: Layout,
+    /// From the first multiple of 64 bytes, as in a file.
     data: Vec<u8>,
     scales: Vec<bf16>,
 }
@@ -81,14 +37,17 @@ impl Pool {
         let layout = Layout::new(format, group, n, k).expect("layout");
         let bytes = layout.data_shape().iter().product::<usize>() * count;
         let scales = layout.scales_shape().iter().product::<usize>() * count;
-        let data = (0..bytes).map(|i| ((i * 7919) >> 3) as u8).collect();
+        let data = (0..bytes + 64).map(|i| ((i * 7919) >> 3) as u8).collect();
         Self { layout, data, scales: vec![bf16::from_f32(0.01); scales] }
     }
 
     fn get(&self, i: usize) -> Quantised<'_> {
         let bytes: usize = self.layout.data_shape().iter().product();
         let scales: usize = self.layout.scales_shape().iter().product();
-        let (data, scales) = (&self.data[i * bytes..][..bytes], &self.scales[i * scales..][..scales]);
+        let (data, scales) = (
+            &self.data[self.data.as_ptr().align_offset(64)..][i * bytes..][..bytes],
+            &self.scales[i * scales..][..scales],
+        );
         Quantised::new(self.layout, data, scales).expect("lengths")
     }
 
@@ -163,9 +122,10 @@ fn main() {
     let threads = Threads::new(args.next().and_then(|a| a.parse().ok()).unwrap_or(cores));
     let part = args.next().unwrap_or_default();
     let wanted = |name: &str| part.is_empty() || part == name;
-    let large: Vec<u64> = (0..LARGE as u64 / 8).collect();
-    let limits = Limits { gops: peak(&threads), gbs: bandwidth(&threads, &large) };
-    drop(large);
+    let limits = Limits {
+        gops: peak::int8_gops(&threads, 20).unwrap_or(f64::NAN),
+        gbs: peak::read_gb_per_s(&threads, LARGE, 5),
+    };
     println!(
         "{:?}, {} threads: products {:.0} GOP/s, reading {:.1} GB/s",
         Isa::best(),

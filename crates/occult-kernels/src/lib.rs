@@ -7,7 +7,8 @@
 //! - [`smm`]: the scattering and the merging sparse matmul, forward and backward, and the whole expert network.
 //! - [`linear`]: a dense layer, forward and backward.
 //! - [`quant`]: 8-bit and 4-bit weights, products in integers, inference only.
-//! - `ops` (feature `candle`): operations on candle tensors with forward and backward.
+//! - `ops` (feature `candle`): operations on candle tensors with forward and backward. `examples/candle_moe.rs` is a
+//!   candle model with a mixture-of-experts layer made of them, trained with candle's own optimiser.
 //! - [`Threads`]: how many cores a call may use; each rank owns one.
 //! - [`SparseRows`]: which rows an expert works on.
 //!

@@ -37,6 +37,43 @@ pub fn fma_flop(threads: &Threads, rounds: usize) -> f64 {
     2.0 * (FMA_CHAINS * isa.lanes * CALLS * threads.count() * rounds) as f64
 }
 
+/// GOP/s of 8-bit products that are added up (`vpdpbusd`, a product and an addition count as two) on all threads, for
+/// `rounds` rounds. `None` where the processor has no such instruction for 512 bits. The best round counts.
+#[must_use]
+pub fn int8_gops(threads: &Threads, rounds: usize) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    if crate::quant::Isa::Avx512Vnni.available() {
+        let ops = 2.0 * (64 * DOT_CHAINS * CALLS * threads.count()) as f64;
+        return best(rounds, || {
+            threads.for_each(threads.count(), |_| {
+                // SAFETY: touches no memory, and the instructions are there.
+                black_box(unsafe { dots(black_box(CALLS)) });
+            });
+        })
+        .map(|seconds| ops / seconds / 1e9);
+    }
+    let _ = (threads, rounds);
+    None
+}
+
+/// Independent sums of [`dots`].
+#[cfg(target_arch = "x86_64")]
+const DOT_CHAINS: usize = 16;
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dots(calls: usize) -> i32 {
+    use std::arch::x86_64::*;
+    let mut sums = [_mm512_setzero_si512(); DOT_CHAINS];
+    let (a, b) = (_mm512_set1_epi8(black_box(3)), _mm512_set1_epi8(black_box(2)));
+    for _ in 0..calls {
+        for sum in &mut sums {
+            *sum = _mm512_dpbusd_epi32(*sum, a, b);
+        }
+    }
+    sums.into_iter().map(|sum| _mm512_reduce_add_epi32(sum)).fold(0, i32::wrapping_add)
+}
+
 /// GB/s of reading `len_bytes` of memory from end to end on all threads, `rounds` times. The best round counts. With
 /// much more than the last cache holds this is the speed of memory.
 #[must_use]

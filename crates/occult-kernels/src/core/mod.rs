@@ -11,7 +11,7 @@ mod dot;
 pub(crate) mod isa;
 mod pack;
 pub(crate) mod product;
-mod scratch;
+pub(crate) mod scratch;
 mod tile;
 
 /// Steps of k that are packed at a time. The order of additions depends on it.

@@ -1,13 +1,15 @@
 //! The expert network over quantised weights: `y[r] += weight * down(silu(gate(x[r])) * up(x[r]))`, experts ascending.
 
-use super::activations::{Blocks, Rows, block_sizes};
+use std::ops::Range;
+
+use super::activations::{Rows, quantise_all, row_bytes};
 use super::error::{QuantError, Result, check_len};
 use super::isa::Isa;
-use super::kernel::{Tile, tile};
-use super::linear::{check_isa, pair_of, pairs_per_task};
+use super::kernel::{Kernels, Merge};
 use super::matrix::{PANEL_ROWS, Quantised};
-use super::silu::swiglu;
+use super::product::{CHUNK_ROWS, Chunk, Panel, chunks, num_pairs, pair_of, per_task};
 use crate::SparseRows;
+use crate::core::scratch;
 use crate::threads::{SendPtr, Threads};
 
 /// Most expanded rows that are worked on at once: bounds the memory between the two matmuls.
@@ -24,11 +26,18 @@ pub struct QuantisedExpert<'a> {
     pub down: Quantised<'a>,
 }
 
-/// Part of a batch: consecutive blocks of rows of one expert.
+/// Some rows of one expert.
 struct Unit<'a> {
     expert: QuantisedExpert<'a>,
-    from_block: usize,
-    to_block: usize,
+    /// Expanded rows.
+    rows: Range<usize>,
+}
+
+impl<'a> Unit<'a> {
+    /// A panel of gate and the same panel of up.
+    fn pair(&self, i: usize) -> [Panel<'a>; 2] {
+        [self.expert.gate.panel(i), self.expert.up.panel(i)]
+    }
 }
 
 /// The experts' network for inference: `x` `[R, D]`, `row_weights` `[N]` (one per expanded row), `y` `[R, D]`, overwritten.
@@ -63,29 +72,35 @@ pub fn expert_ffn_with(
     row_weights: &[f32],
     y: &mut [f32],
 ) -> Result<()> {
-    check_isa(isa)?;
-    y.fill(0.0);
+    let kernels = isa.kernels().ok_or(QuantError::Isa(isa))?;
     let (d, f) = check(rows, experts)?;
     check_len("x", x.len(), rows.num_rows() * d)?;
     check_len("y", y.len(), rows.num_rows() * d)?;
     check_len("row_weights", row_weights.len(), rows.num_expanded())?;
+    threads.for_each_chunk(y, 1 << 16, |_, y| y.fill(0.0));
     let Some(first) = experts.first().filter(|_| d > 0 && f > 0) else { return Ok(()) };
-    let inputs = Rows::new(threads, isa, x, first.gate.layout());
-    let mut hidden = vec![0.0; rows.num_expanded().min(BATCH_ROWS) * f];
-    let mut from = 0;
-    while from < rows.num_expanded() {
-        let to = rows.num_expanded().min(from + BATCH_ROWS);
-        let (units, sizes) = units(isa, rows, experts, from, to);
-        let idx = |i: usize| rows.row_idx()[from + i] as usize;
-        let hidden = &mut hidden[..(to - from) * f];
-        let blocks = Blocks::new(threads, &inputs, first.gate.layout(), idx, sizes.iter().copied());
-        up(isa, threads, &units, &blocks, hidden);
-        let quantised = Rows::new(threads, isa, hidden, first.down.layout());
-        let blocks = Blocks::new(threads, &quantised, first.down.layout(), |i| i, sizes.iter().copied());
-        let merge = |i: usize| (idx(i), row_weights[from + i]);
-        down(isa, threads, &units, &blocks, merge, y);
-        from = to;
-    }
+    let layouts = (first.gate.layout(), first.down.layout());
+    let (x_bytes, hidden_bytes) = (row_bytes(layouts.0), row_bytes(layouts.1));
+    let batch = rows.num_expanded().min(BATCH_ROWS);
+    let bytes = (rows.num_rows() * x_bytes).next_multiple_of(64) + batch * hidden_bytes;
+    scratch::with(bytes / size_of::<f32>(), |memory| {
+        let records = SendPtr(memory.as_mut_ptr().cast::<u8>());
+        // SAFETY: room for the records of R rows, and behind them for those of a batch.
+        let hidden = unsafe {
+            quantise_all(threads, kernels, x, layouts.0, records);
+            SendPtr(records.get().add((rows.num_rows() * x_bytes).next_multiple_of(64)))
+        };
+        let network =
+            Network { kernels, threads, rows, x: records, hidden, row_weights, y: SendPtr(y.as_mut_ptr()) };
+        for from in (0..rows.num_expanded()).step_by(BATCH_ROWS) {
+            let units = units(rows, experts, from..rows.num_expanded().min(from + BATCH_ROWS));
+            // SAFETY: the records have room as said above, `y` is `[R, D]` and borrowed until this function ends.
+            unsafe {
+                network.up(&units, from);
+                network.down(&units, from);
+            }
+        }
+    });
     Ok(())
 }
 
@@ -109,93 +124,129 @@ fn check(rows: &SparseRows, experts: &[QuantisedExpert<'_>]) -> Result<(usize, u
     Ok((up.cols(), up.rows()))
 }
 
-/// The experts of the expanded rows `from..to`, and the rows of every block.
-fn units<'a>(
-    isa: Isa,
-    rows: &SparseRows,
-    experts: &[QuantisedExpert<'a>],
-    from: usize,
-    to: usize,
-) -> (Vec<Unit<'a>>, Vec<usize>) {
-    let (mut units, mut sizes) = (Vec::new(), Vec::new());
-    for (i, &expert) in experts.iter().enumerate() {
-        let range = rows.expanded_of(i);
-        let num_rows = range.end.min(to).saturating_sub(range.start.max(from));
-        if num_rows > 0 {
-            let from_block = sizes.len();
-            sizes.extend(block_sizes(num_rows, isa.max_rows()));
-            units.push(Unit { expert, from_block, to_block: sizes.len() });
-        }
-    }
-    (units, sizes)
+/// The experts of these expanded rows; one with many rows is several units.
+fn units<'a>(rows: &SparseRows, experts: &[QuantisedExpert<'a>], batch: Range<usize>) -> Vec<Unit<'a>> {
+    let of = |(i, &expert): (usize, &QuantisedExpert<'a>)| {
+        let all = rows.expanded_of(i);
+        let (from, to) = (all.start.max(batch.start), all.end.min(batch.end));
+        chunks(to.saturating_sub(from), CHUNK_ROWS)
+            .map(move |rows| Unit { expert, rows: from + rows.start..from + rows.end })
+    };
+    experts.iter().enumerate().flat_map(of).collect()
 }
 
-/// `hidden` `[rows of the batch, F]` = `silu(gate) * up`.
-fn up(isa: Isa, threads: &Threads, units: &[Unit<'_>], blocks: &Blocks, hidden: &mut [f32]) {
-    let Some(layout) = units.first().map(|u| *u.expert.gate.layout()) else { return };
-    let (f, panels) = (layout.rows(), layout.panels());
-    // A pair is a panel of gate and the same panel of up.
-    let per_task = pairs_per_task(&layout, panels * units.len(), threads.count()).min(panels);
-    let tasks = panels.div_ceil(per_task);
-    let target = SendPtr(hidden.as_mut_ptr());
-    threads.for_each(tasks * units.len(), |task| {
-        let (unit, task) = (&units[task / tasks], task % tasks);
-        let mut result = Tile::new();
-        for b in unit.from_block..unit.to_block {
-            let block = blocks.block(b);
-            for p in task * per_task..panels.min((task + 1) * per_task) {
-                let pair = [unit.expert.gate.panel(p), unit.expert.up.panel(p)];
-                tile(isa, &layout, block, &pair, &mut result);
-                swiglu(isa, &mut result, block.rows);
-                let (from, to) = (p * PANEL_ROWS, f.min((p + 1) * PANEL_ROWS));
-                for (i, values) in result.0[..block.rows].iter().enumerate() {
-                    let at = (blocks.first_row(b) + i) * f + from;
-                    // SAFETY: columns `from..to` of a row of the unit, which belong to this task alone; `hidden` is
-                    // borrowed until the call ends.
-                    let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(at), to - from) };
-                    out.copy_from_slice(&values[..to - from]);
-                }
-            }
-        }
-    });
+/// What both matmuls work on.
+struct Network<'a> {
+    kernels: &'static Kernels,
+    threads: &'a Threads,
+    rows: &'a SparseRows,
+    /// Records of the R rows.
+    x: SendPtr<u8>,
+    /// Records of the hidden rows of a batch.
+    hidden: SendPtr<u8>,
+    row_weights: &'a [f32],
+    y: SendPtr<f32>,
 }
 
-/// Adds `weight * down(hidden)` to the rows of `y`. A task owns columns of `y` and takes the experts in order.
-fn down(
-    isa: Isa,
-    threads: &Threads,
-    units: &[Unit<'_>],
-    blocks: &Blocks,
-    merge: impl Fn(usize) -> (usize, f32) + Sync,
-    y: &mut [f32],
-) {
-    let Some(layout) = units.first().map(|u| *u.expert.down.layout()) else { return };
-    let d = layout.rows();
-    let pairs = layout.panels().div_ceil(2);
-    let per_task = pairs_per_task(&layout, pairs, threads.count());
-    let target = SendPtr(y.as_mut_ptr());
-    threads.for_each(pairs.div_ceil(per_task), |task| {
-        let mut result = Tile::new();
-        for unit in units {
-            for b in unit.from_block..unit.to_block {
-                let block = blocks.block(b);
-                for pair in task * per_task..pairs.min((task + 1) * per_task) {
-                    let (panels, count) = pair_of(&unit.expert.down, pair);
-                    tile(isa, &layout, block, &panels[..count], &mut result);
-                    let (from, to) = (pair * 2 * PANEL_ROWS, d.min((pair + 1) * 2 * PANEL_ROWS));
-                    for (i, values) in result.0[..block.rows].iter().enumerate() {
-                        let (row, weight) = merge(blocks.first_row(b) + i);
-                        // SAFETY: columns `from..to` of row `row` < R of `[R, D]`; these columns belong to this task
-                        // alone, and `y` is borrowed until the call ends.
-                        let y = unsafe {
-                            std::slice::from_raw_parts_mut(target.get().add(row * d + from), to - from)
-                        };
-                        for (y, v) in y.iter_mut().zip(values) {
-                            *y += weight * v;
+impl Network<'_> {
+    /// `hidden = silu(gate x) * up x`, quantised. `batch`: first expanded row of the batch.
+    ///
+    /// # Safety
+    /// The records of x are written, and there is room for those of the batch.
+    unsafe fn up(&self, units: &[Unit<'_>], batch: usize) {
+        let Some(first) = units.first().map(|unit| unit.expert) else { return };
+        let (layout, hidden) = (first.gate.layout(), first.down.layout());
+        let (x_bytes, hidden_bytes, group) = (row_bytes(layout), row_bytes(hidden), hidden.group());
+        // A pair is a panel of gate and the same panel of up; so many make a group of hidden columns.
+        let in_group = group / PANEL_ROWS;
+        let per_task =
+            per_task(hidden.groups(), units.len(), 2 * in_group * layout.panel_bytes(), self.threads.count());
+        let tasks = hidden.groups().div_ceil(per_task);
+        self.threads.for_each(tasks * units.len(), |task| {
+            let place = |task: usize| (&units[task / tasks], task % tasks * per_task);
+            let (unit, first_group) = place(task);
+            let (next_unit, next_group) = place((task + self.threads.count()) % (tasks * units.len()));
+            let pairs = first_group * in_group..layout.panels().min((first_group + per_task) * in_group);
+            let idx = self.rows.row_idx()[unit.rows.clone()].iter().map(|&row| row as usize);
+            let chunk = Chunk::new(self.x.get(), x_bytes, idx);
+            scratch::with(unit.rows.len() * group, |values| {
+                let values = values.as_mut_ptr();
+                let done = |i: usize, c: &[f32]| {
+                    let panel = pairs.start + i;
+                    let (g, place) = (panel / in_group, panel % in_group);
+                    // SAFETY: `values` has a group of columns for every row of the unit, and `c` is those rows; once a
+                    // group is whole its records, which are this task's alone, are written.
+                    unsafe {
+                        let to = values.add(place * PANEL_ROWS);
+                        (self.kernels.swiglu)(c.as_ptr(), unit.rows.len(), to, group);
+                        if place + 1 == in_group || panel + 1 == pairs.end {
+                            let from = Rows {
+                                x: values,
+                                stride: group,
+                                rows: unit.rows.len(),
+                                cols: group.min(hidden.cols() - g * group),
+                                group,
+                                to_stride: hidden_bytes,
+                            };
+                            let row = (unit.rows.start - batch) * hidden_bytes;
+                            let to = self.hidden.get().add(row + g * (hidden_bytes / hidden.groups()));
+                            (self.kernels.quantise)(&from, to);
                         }
                     }
+                };
+                let after = next_unit.pair(next_group * in_group);
+                // SAFETY: the caller's promise, and panels of matrices of this layout.
+                unsafe {
+                    chunk.multiply(
+                        self.kernels,
+                        layout,
+                        pairs.len(),
+                        |i| unit.pair(pairs.start + i),
+                        after,
+                        done,
+                    );
+                }
+            });
+        });
+    }
+
+    /// Adds `weight * down(hidden)` to the rows of `y`. A task owns columns of `y` and takes the experts in order.
+    ///
+    /// # Safety
+    /// The records of the batch are written, and `y` is `[R, D]` that nobody else touches.
+    unsafe fn down(&self, units: &[Unit<'_>], batch: usize) {
+        let Some(layout) = units.first().map(|unit| *unit.expert.down.layout()) else { return };
+        let (d, bytes, pairs) = (layout.rows(), row_bytes(&layout), num_pairs(&layout));
+        // A task goes over all units: more and shorter ones.
+        let per_task = per_task(pairs, 1, 2 * layout.panel_bytes(), 2 * self.threads.count());
+        self.threads.for_each(pairs.div_ceil(per_task), |task| {
+            let first = task * per_task;
+            let count = per_task.min(pairs - first);
+            for (u, unit) in units.iter().enumerate() {
+                let chunk =
+                    Chunk::new(self.hidden.get(), bytes, unit.rows.start - batch..unit.rows.end - batch);
+                let down = &unit.expert.down;
+                let done = |i: usize, c: &[f32]| {
+                    for (p, col) in pair_of(down, first + i).1.into_iter().enumerate() {
+                        let to = Merge {
+                            rows: &self.rows.row_idx()[unit.rows.clone()],
+                            weights: &self.row_weights[unit.rows.clone()],
+                            y: self.y.get(),
+                            stride: d,
+                            col,
+                            cols: PANEL_ROWS.min(d - col),
+                        };
+                        // SAFETY: rows below R of `[R, D]` and columns that belong to this task alone.
+                        unsafe { (self.kernels.merge)(c[p * PANEL_ROWS..].as_ptr(), &to) };
+                    }
+                };
+                let after = units.get(u + 1).unwrap_or(unit).expert.down;
+                // SAFETY: the caller's promise, and panels of a matrix of this layout.
+                unsafe {
+                    let after = pair_of(&after, first).0;
+                    chunk.multiply(self.kernels, &layout, count, |i| pair_of(down, first + i).0, after, done);
                 }
             }
-        }
-    });
+        });
+    }
 }

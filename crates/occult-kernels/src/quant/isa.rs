@@ -46,13 +46,4 @@ impl Isa {
     pub fn best() -> Self {
         Self::ALL.into_iter().find(|isa| isa.available()).unwrap_or(Isa::Scalar)
     }
-
-    /// Most rows of activations that one tile takes: what fits into the registers (with AVX-512 beside the f32 sums,
-    /// which halves the price of small groups; more rows were slower).
-    pub(super) fn max_rows(self) -> usize {
-        match self {
-            Isa::Avx512Vnni | Isa::AvxVnni => 6,
-            Isa::Avx2 | Isa::Scalar => 4,
-        }
-    }
 }

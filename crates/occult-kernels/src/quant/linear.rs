@@ -1,14 +1,16 @@
 //! A dense layer with quantised weights.
 
-use super::activations::{Blocks, Rows, block_sizes};
+use super::activations::{quantise_all, row_bytes};
 use super::error::{QuantError, Result, check_len};
 use super::isa::Isa;
-use super::kernel::{Panel, Tile, tile};
-use super::matrix::{Layout, PANEL_ROWS, Quantised};
+use super::kernel::TILE_COLS;
+use super::matrix::{PANEL_ROWS, Quantised};
+use super::product::{CHUNK_ROWS, Chunk, chunks, num_pairs, pair_of, per_task};
+use crate::core::scratch;
 use crate::threads::{SendPtr, Threads};
 
-/// Bytes of weights that a task goes over again for every block of rows: they stay in the second-level cache.
-const TASK_BYTES: usize = 256 << 10;
+/// Fewest rows that columns are shared out for: below that each thread would read the weights for too little.
+const LEAST_ROWS: usize = 24;
 
 /// `out = x Wᵀ`: `x` `[M, K]`, `w` `[N, K]`, `out` `[M, N]`, all row-major. Defined by [`super::reference::linear`], to the bit.
 ///
@@ -23,7 +25,7 @@ pub fn linear(threads: &Threads, x: &[f32], w: Quantised<'_>, out: &mut [f32]) -
 /// # Errors
 /// When a length does not fit the matrix, or the processor does not have the instructions.
 pub fn linear_with(isa: Isa, threads: &Threads, x: &[f32], w: Quantised<'_>, out: &mut [f32]) -> Result<()> {
-    check_isa(isa)?;
+    let kernels = isa.kernels().ok_or(QuantError::Isa(isa))?;
     let layout = w.layout();
     let (n, k) = (layout.rows(), layout.cols());
     let m = x.len().checked_div(k).unwrap_or(out.len() / n.max(1));
@@ -33,49 +35,37 @@ pub fn linear_with(isa: Isa, threads: &Threads, x: &[f32], w: Quantised<'_>, out
         out.fill(0.0);
         return Ok(());
     }
-    let rows = Rows::new(threads, isa, x, layout);
-    let blocks = Blocks::new(threads, &rows, layout, |r| r, block_sizes(m, isa.max_rows()));
-    let pairs = layout.panels().div_ceil(2);
-    let per_task = pairs_per_task(layout, pairs, threads.count());
+    let (pairs, bytes) = (num_pairs(layout), row_bytes(layout));
+    let per_task = per_task(pairs, m.div_ceil(CHUNK_ROWS), 2 * layout.panel_bytes(), threads.count());
     let tasks = pairs.div_ceil(per_task);
-    // Few columns for many threads: the rows are divided as well.
-    let row_parts = (8 * threads.count()).div_ceil(tasks).min(blocks.len().div_ceil(4)).max(1);
+    // Few columns for many threads: the rows are divided more finely.
+    let wanted = (8 * threads.count()).div_ceil(tasks);
+    let rows: Vec<_> = chunks(m, m.div_ceil(wanted).clamp(LEAST_ROWS, CHUNK_ROWS)).collect();
     let target = SendPtr(out.as_mut_ptr());
-    threads.for_each(tasks * row_parts, |task| {
-        let (part, task) = (task % row_parts, task / row_parts);
-        let mut result = Tile::new();
-        for b in blocks.len() * part / row_parts..blocks.len() * (part + 1) / row_parts {
-            let block = blocks.block(b);
-            for pair in task * per_task..pairs.min((task + 1) * per_task) {
-                let (panels, count) = pair_of(&w, pair);
-                tile(isa, layout, block, &panels[..count], &mut result);
-                let (from, to) = (pair * 2 * PANEL_ROWS, n.min((pair + 1) * 2 * PANEL_ROWS));
-                for (i, values) in result.0[..block.rows].iter().enumerate() {
-                    let at = (blocks.first_row(b) + i) * n + from;
-                    // SAFETY: columns `from..to` of a row of `[M, N]`, which belong to this task and part alone; `out` is
-                    // borrowed until the call ends.
-                    let out = unsafe { std::slice::from_raw_parts_mut(target.get().add(at), to - from) };
-                    out.copy_from_slice(&values[..to - from]);
+    scratch::with(m * bytes / size_of::<f32>(), |records| {
+        let records = SendPtr(records.as_mut_ptr().cast::<u8>());
+        // SAFETY: room for the records of M rows.
+        unsafe { quantise_all(threads, kernels, x, layout, records) };
+        threads.for_each(rows.len() * tasks, |task| {
+            let (rows, first) = (rows[task / tasks].clone(), task % tasks * per_task);
+            let chunk = Chunk::new(records.get(), bytes, rows.clone());
+            let count = per_task.min(pairs - first);
+            let after = pair_of(&w, (first + threads.count() * per_task) % pairs).0;
+            let done = |i: usize, c: &[f32]| {
+                for (p, from) in pair_of(&w, first + i).1.into_iter().enumerate() {
+                    let len = PANEL_ROWS.min(n - from);
+                    for (row, c) in rows.clone().zip(c.chunks_exact(TILE_COLS)) {
+                        // SAFETY: columns of a row of `[M, N]` which belong to this task alone; `out` is borrowed until
+                        // the call ends.
+                        let out =
+                            unsafe { std::slice::from_raw_parts_mut(target.get().add(row * n + from), len) };
+                        out.copy_from_slice(&c[p * PANEL_ROWS..][..len]);
+                    }
                 }
-            }
-        }
+            };
+            // SAFETY: records were written above, panels are those of `w`, and the instructions are there.
+            unsafe { chunk.multiply(kernels, layout, count, |i| pair_of(&w, first + i).0, after, done) };
+        });
     });
     Ok(())
-}
-
-pub(super) fn check_isa(isa: Isa) -> Result<()> {
-    if isa.available() { Ok(()) } else { Err(QuantError::Isa(isa)) }
-}
-
-/// How many pairs of panels a task takes: as fit the cache, but enough tasks that threads end together.
-pub(super) fn pairs_per_task(layout: &Layout, pairs: usize, threads: usize) -> usize {
-    let cached = TASK_BYTES / (2 * layout.panel_bytes()).max(1);
-    let balanced = if threads == 1 { pairs } else { pairs / (8 * threads) };
-    cached.min(balanced).max(1)
-}
-
-/// Panels `2 pair` and `2 pair + 1`, and how many of them there are.
-pub(super) fn pair_of<'a>(w: &Quantised<'a>, pair: usize) -> ([Panel<'a>; 2], usize) {
-    let first = w.panel(2 * pair);
-    if 2 * pair + 1 < w.layout().panels() { ([first, w.panel(2 * pair + 1)], 2) } else { ([first, first], 1) }
 }

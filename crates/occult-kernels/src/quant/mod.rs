@@ -24,6 +24,7 @@ mod isa;
 mod kernel;
 mod linear;
 mod matrix;
+mod product;
 pub mod reference;
 mod silu;
 
