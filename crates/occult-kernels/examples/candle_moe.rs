@@ -107,6 +107,7 @@ fn main() -> Result<()> {
     let model = Model::new(&VarBuilder::from_varmap(&vars, DType::F32, &device))?;
     let mut optimizer = AdamW::new_lr(vars.all_vars(), 3e-3)?;
     let (x, target) = data(&device)?;
+    let mut errors = Vec::new();
     for step in 0..=STEPS {
         let (y, balance) = model.forward(&x)?;
         let error = (y - &target)?.sqr()?.mean_all()?;
@@ -114,8 +115,11 @@ fn main() -> Result<()> {
         optimizer.backward_step(&(&error + (&balance * 0.01)?)?)?;
         if step % 50 == 0 {
             let (error, balance) = (error.to_scalar::<f32>()?, balance.to_scalar::<f32>()?);
+            errors.push(error);
             println!("step {step:4}  error {error:.4}  balance {balance:.3} (even: {TOP_K})");
         }
     }
+    let (first, last) = (errors[0], errors[errors.len() - 1]);
+    assert!(last < 0.5 * first, "the error went from {first} to {last} only");
     Ok(())
 }

@@ -79,6 +79,9 @@ fn nan_and_infinity_go_where_the_reference_sends_them() {
             let inputs = MergeInputs { pre: &pre, row_weights: &layer.row_weights, w_down: &down };
             let mut y = vec![0.0; layer.x.len()];
             smm::reference::merge(rows, dims, inputs, &mut y);
+            let mut dy = Rng(12).values(y.len());
+            dy[2 * dims.hidden + 1] = special;
+            let expected = gradients(&layer, &pre, &dy, None);
             for threads in budgets(2) {
                 let mut found = vec![0.0; pre.len()];
                 smm::scatter(&threads, rows, dims, &layer.x, &up, &mut found).unwrap();
@@ -86,6 +89,64 @@ fn nan_and_infinity_go_where_the_reference_sends_them() {
                 let mut found = vec![0.0; y.len()];
                 smm::merge(&threads, rows, dims, inputs, &mut found).unwrap();
                 assert_same_kind(&found, &y);
+                let (experts, weights) = (layer.experts(), &layer.row_weights);
+                smm::expert_ffn(&threads, rows, dims, &layer.x, &experts, weights, &mut found).unwrap();
+                assert_same_kind(&found, &y);
+                for (found, expected) in gradients(&layer, &pre, &dy, Some(&threads)).iter().zip(&expected) {
+                    assert_same_kind(found, expected);
+                }
+            }
+        }
+    }
+}
+
+/// d_pre, d_row_weights, d_w_down, dx and d_w_up: of the kernels, or by definition.
+fn gradients(layer: &Layer, pre: &[f32], dy: &[f32], threads: Option<&Threads>) -> [Vec<f32>; 5] {
+    let (rows, dims, up, down) = (&layer.rows, layer.dims, layer.up(), layer.down());
+    let (n, d, f) = (rows.num_expanded(), dims.hidden, dims.intermediate);
+    let e = rows.num_experts();
+    let mut all = [n * 2 * f, n, e * d * f, layer.x.len(), e * 2 * f * d].map(|len| vec![0.0; len]);
+    let [d_pre, d_row_weights, d_w_down, ..] = &mut all;
+    let inputs = MergeInputs { pre, row_weights: &layer.row_weights, w_down: &down };
+    let merge = MergeGrads { d_pre, d_row_weights, d_w_down: Some(d_w_down), act: None };
+    match threads {
+        Some(threads) => smm::merge_bwd(threads, rows, dims, inputs, dy, merge).unwrap(),
+        None => smm::reference::merge_bwd(rows, dims, inputs, dy, merge),
+    }
+    let d_pre = &all[0].clone();
+    let [_, _, _, dx, d_w_up] = &mut all;
+    let scatter = ScatterGrads { dx: Some(dx), d_w_up: Some(d_w_up) };
+    match threads {
+        Some(threads) => smm::scatter_bwd(threads, rows, dims, &layer.x, &up, d_pre, scatter).unwrap(),
+        None => smm::reference::scatter_bwd(rows, dims, &layer.x, &up, d_pre, scatter),
+    }
+    all
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "too slow")]
+fn nan_and_infinity_in_dense_layers() {
+    for rows in [3, 50] {
+        let dims = LinearDims { rows, out: 37, inner: 45 };
+        for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for place in 0..3 {
+                let mut inputs = [rows * 45, 37 * 45, rows * 37].map(|len| Rng(len as u64).values(len));
+                inputs[place][41] = special;
+                let [x, w, dout] = &inputs;
+                let w = Matrix::F32(w);
+                let mut expected = [rows * 37, rows * 45, 37 * 45].map(|len| vec![0.0; len]);
+                linear::reference::linear(dims, x, w, &mut expected[0]);
+                linear::reference::linear_bwd_x(dims, dout, w, &mut expected[1]);
+                linear::reference::linear_bwd_w(dims, dout, x, &mut expected[2]);
+                for threads in budgets(2) {
+                    let mut found = [rows * 37, rows * 45, 37 * 45].map(|len| vec![0.0; len]);
+                    linear::linear(&threads, dims, x, w, &mut found[0]).unwrap();
+                    linear::linear_bwd_x(&threads, dims, dout, w, &mut found[1]).unwrap();
+                    linear::linear_bwd_w(&threads, dims, dout, x, &mut found[2]).unwrap();
+                    for (found, expected) in found.iter().zip(&expected) {
+                        assert_same_kind(found, expected);
+                    }
+                }
             }
         }
     }

@@ -38,7 +38,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 3 } else { 60 }, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_instruction_set_gives_the_bits_of_the_definition(
@@ -138,6 +138,7 @@ fn dense_ffn(
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "too slow")]
 fn a_hot_expert_of_more_rows_than_a_batch_adds_up() {
     let (r, d, f) = (5000, 32, 16);
     let mats: Vec<_> = (0..6).map(|s| encode(Format::Q8, 32, f * 2, d, &normal(f * 2 * d, s))).collect();
@@ -160,6 +161,27 @@ fn a_hot_expert_of_more_rows_than_a_batch_adds_up() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "too slow")]
+fn several_steps_of_k_and_chunks_of_rows_give_the_bits_of_the_definition() {
+    for (format, group) in [(Format::Q8, 32), (Format::Q8, 128), (Format::Q4, 32), (Format::Q4, 64)] {
+        for (m, n, k) in [(600, 40, 70), (7, 100, 1200), (3, 70, 1200), (300, 24, 1030)] {
+            let w = encode(format, group, n, k, &normal(n * k, 1));
+            let x = normal(m * k, 2);
+            let mut want = vec![0.0; m * n];
+            reference::linear(&x, &w.view(), m, &mut want).expect("reference");
+            for isa in sets() {
+                for threads in [1, 3] {
+                    let mut got = vec![f32::NAN; m * n];
+                    linear_with(isa, &Threads::new(threads), &x, w.view(), &mut got).expect("linear");
+                    assert!(bits(&got) == bits(&want), "{isa:?} {format:?}/{group} {m} x {n} x {k}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "too slow")]
 fn errors_of_the_formats_on_a_normal_distribution() {
     // Relative root mean square, per cent: what the documentation says, and little more.
     for (format, group, least, most) in [
@@ -186,6 +208,7 @@ fn errors_of_the_formats_on_a_normal_distribution() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "too slow")]
 fn a_product_with_8_bits_is_close_to_the_exact_one() {
     let (m, n, k) = (8, 64, 1024);
     let (w, x) = (normal(n * k, 4), normal(m * k, 5));
