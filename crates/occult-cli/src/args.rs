@@ -426,6 +426,9 @@ pub(crate) struct ReportArgs {
     /// Clusters to predict times for: presets or TOML files, comma-separated
     #[arg(long, value_delimiter = ',', default_value = "8xa6000-pcie,8xh100-nvlink", value_parser = cluster, value_name = "NAMES")]
     pub(crate) clusters: Vec<String>,
+    /// Also show the run that trained the model: the output directory of `pretrain` or `tune`, or its folder `training`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) training: Option<PathBuf>,
     /// Heading of the page [default: the model's name]
     #[arg(long)]
     pub(crate) title: Option<String>,

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
-use occult_formats::{ProfileMeta, RouterInfo, Scoring};
+use anyhow::{Context, Result, bail};
+use occult_formats::{LIMIT_FILE, LimitFile, ProfileMeta, RouterInfo, Scoring};
 use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, TextTokenizer, Threads};
 
 use crate::model_args::LoadArgs;
@@ -12,11 +12,22 @@ use crate::progress;
 /// Tokens of a window when nobody says otherwise.
 const WINDOW: usize = 2048;
 
+/// Opens a model directory, with the bias on its routers' choices where `occult.json` has one.
+pub(crate) fn open(dir: &Path, options: LoadOptions) -> Result<ModelFiles> {
+    let files = ModelFiles::open(dir, options)?;
+    match LimitFile::read_bias(dir)? {
+        Some(bias) => {
+            files.with_selection_bias(bias).with_context(|| dir.join(LIMIT_FILE).display().to_string())
+        }
+        None => Ok(files),
+    }
+}
+
 /// Loads a model with all experts in this process.
 pub(crate) fn load(args: &LoadArgs) -> Result<Decoder> {
     let options =
         LoadOptions { dtype: args.dtype.map(|d| d.stored()), threads: args.threads.map(Threads::new) };
-    let files = ModelFiles::open(&args.model, options)?;
+    let files = open(&args.model, options)?;
     let spinner = progress::spinner(&format!("loading {}", args.model.display()));
     let decoder = files.load();
     spinner.finish_and_clear();

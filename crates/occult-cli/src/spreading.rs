@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 use occult_comm::{Communicator, Meter, Metered};
 use occult_formats::{Columns, LimitFile, PlacementFile, Profile};
-use occult_model::{Decoder, LoadOptions, ModelFiles, ModelSpec, Ranks, Spread, Threads};
+use occult_model::{Decoder, LoadOptions, ModelSpec, Ranks, Spread, Threads};
 use occult_moe::{LayerOptions, Mode, Overlap, PruneRule as Rule, Pruning, topology_of};
 use occult_plan::placement::{Method, contiguous};
 use occult_plan::{Placement, Topology};
@@ -200,7 +200,7 @@ impl<'a> Wanted<'a> {
         let here = hosts.iter().filter(|&&h| h == hosts[comm.rank()]).count();
         let threads = Threads::new((setup::threads(load.threads) / here).max(1));
         let options = LoadOptions { dtype: load.dtype.map(|d| d.stored()), threads: Some(threads) };
-        let files = ModelFiles::open(&load.model, options)?;
+        let files = model::open(&load.model, options)?;
         let spread = Spread { placement: self.placement(topology)?, options: self.options(topology)? };
         let spinner = (comm.rank() == 0).then(|| {
             progress::spinner(&format!("loading {} on {} ranks", load.model.display(), hosts.len()))

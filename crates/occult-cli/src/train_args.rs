@@ -151,6 +151,11 @@ pub(crate) struct TrainArgs {
     /// What that loss makes even by itself [default: as the family's released code]
     #[arg(long, value_name = "WHAT")]
     pub(crate) aux_loss_over: Option<AuxLossOver>,
+    /// Balance experts without a loss: a bias on the routers' choices, moved by this after every step against the load.
+    /// It is added to probabilities, which are one over the number of experts on average: choose a rate well below that.
+    /// No checkpoint format of the supported models holds it: occult.json does, and transformers routes without it
+    #[arg(long, value_parser = positive, value_name = "RATE")]
+    pub(crate) balance_bias: Option<f64>,
     /// Coefficient of the router's z-loss
     #[arg(long, default_value_t = 0.0, value_parser = not_negative, value_name = "X")]
     pub(crate) router_z_loss: f64,
@@ -209,7 +214,10 @@ impl TrainArgs {
             trained, lora_rank, lora_alpha, router_z_loss, z_loss, placement, rule, keep_mass, ..
         } = self;
         let lora = (*trained == Trained::Lora).then_some((lora_rank, lora_alpha));
-        format!("{trained:?} {lora:?} {router_z_loss} {z_loss} {placement:?} {rule:?} {keep_mass:?}")
+        let text =
+            format!("{trained:?} {lora:?} {router_z_loss} {z_loss} {placement:?} {rule:?} {keep_mass:?}");
+        // Only where there is one: runs that began before there was this option go on.
+        self.balance_bias.map_or(text.clone(), |rate| format!("{text} bias {rate}"))
     }
 }
 

@@ -2,7 +2,8 @@
 //! and a browser really draws the marks.
 
 use occult_cli::report::{
-    CoActivationMap, ExpertOrder, Measures, Part, PruningBudget, ReportData, SubgraphCurve, render,
+    CoActivationMap, ExpertOrder, Measures, Part, PruningBudget, ReportData, SubgraphCurve, Training,
+    TrainingPoint, render,
 };
 use std::path::Path;
 use std::process::Command;
@@ -59,6 +60,32 @@ fn many_experts() -> ReportData {
     data
 }
 
+/// With a training run: 120 steps whose limit falls from 8 to 2, two sets of held-out text measured every 40.
+fn trained() -> ReportData {
+    let point = |step: u64| {
+        let t = step as f64 / 120.0;
+        let limit = (8 - step.min(60) / 10) as u32;
+        TrainingPoint {
+            step,
+            loss: (step != 7).then_some(3.0 - t),
+            held_out: if step.is_multiple_of(40) {
+                vec![Some(3.1 - t), (step > 40).then_some(4.0)]
+            } else {
+                vec![]
+            },
+            copies_per_token: Some(f64::from(limit).min(4.5)),
+            copies_unlimited: Some(4.5 + t),
+            drift: Some(1.0 + t / 4.5),
+            load_max_over_mean: Some(1.5 - t / 4.0),
+            balancedness: None,
+            limit: Some(limit),
+        }
+    };
+    let domains = vec!["prose".to_owned(), "code".to_owned()];
+    let run = Training { steps: 120, tokens: 1_966_080, domains, points: (1..=120).map(point).collect() };
+    ReportData { training: Some(run), ..fixture() }
+}
+
 /// Text that would end a script, open a tag, close an attribute or break a line of JavaScript.
 const HOSTILE: &str = "</script><script>showError('owned')</script><img src=x onerror=showError('owned')>\"'`${1}&amp;\u{2028}{{data}}";
 
@@ -88,12 +115,13 @@ fn hostile() -> ReportData {
     for point in &mut data.frontier.items {
         point.label = HOSTILE.to_owned();
     }
+    data.training = trained().training.map(|t| Training { domains: vec![HOSTILE.to_owned(); 2], ..t });
     data
 }
 
 #[test]
 fn data_survives_a_round_trip() {
-    for data in [fixture(), counts_only(), many_experts(), hostile()] {
+    for data in [fixture(), counts_only(), many_experts(), hostile(), trained()] {
         let text = data.to_json().expect("writes");
         assert_eq!(ReportData::from_json(&text).expect("reads"), data);
     }
@@ -128,6 +156,18 @@ fn data_that_does_not_fit_together_is_refused() {
         assert!(error.contains(expected), "expected {expected:?} in {error:?}");
         assert!(data.to_json().is_err(), "{expected}: written all the same");
     }
+    let edits: [(fn(&mut Training), &str); 4] = [
+        (|t| t.points.clear(), "no points"),
+        (|t| t.points[3].step = 3, "steps do not ascend"),
+        (|t| t.points[39].held_out.truncate(1), "held_out of step 40: expected 2 values, found 1"),
+        (|t| t.points[9].drift = Some(f64::INFINITY), "step 10: found inf"),
+    ];
+    for (edit, expected) in edits {
+        let mut data = trained();
+        edit(data.training.as_mut().expect("a run"));
+        let error = format!("{:#}", data.check().expect_err(expected));
+        assert!(error.contains(expected), "expected {expected:?} in {error:?}");
+    }
     let error = format!("{:#}", ReportData::from_json("{\"format\": 1").expect_err("broken JSON"));
     assert!(error.contains("line 1 column"), "{error}");
 }
@@ -157,6 +197,7 @@ fn page_needs_no_network() {
         include_str!("../src/report/assets/overview.js"),
         include_str!("../src/report/assets/maps.js"),
         include_str!("../src/report/assets/charts.js"),
+        include_str!("../src/report/assets/training.js"),
         include_str!("../src/report/assets/main.js"),
     ];
     for call in ["fetch(", "XMLHttpRequest", "import(", "WebSocket", "sendBeacon", "innerHTML", "eval("] {
@@ -338,13 +379,46 @@ fn browser_draws_every_chart() {
     assert_eq!(marks(figure(&dom, "subgraphs"), "line", "<path"), data.subgraphs.items.len());
     let page = dom.split_once("<main").expect("main").1.split_once("</main>").expect("end of main").0;
     assert!(!page.contains("NaN") && !page.contains("undefined"), "a figure that is none");
+    assert!(!dom.contains("id=\"training\""), "no run, no section");
+}
+
+#[test]
+#[ignore = "needs Chromium: run with --ignored"]
+fn browser_draws_a_training_run() {
+    let dom = draw(&trained(), "theme=light");
+    let part = figure(&dom, "training-loss");
+    assert_eq!(marks(part, "line", "<path"), 3, "training and two domains");
+    assert_eq!(marks(part, "dot", "<circle"), 3 + 2, "held-out losses are few and have dots");
+    assert!(part.contains("prose") && part.contains("code"));
+    let part = figure(&dom, "training-routing");
+    assert_eq!(marks(part, "line", "<path"), 3, "as trained, the routers' own choices, the limit");
+    assert!(dom.contains("120 steps on 1,966,080 tokens."));
+    assert!(dom.contains("<dt>Drift</dt>"));
+    let page = dom.split_once("<section id=\"training\"").expect("section").1;
+    let page = page.split_once("</section>").expect("end of section").0;
+    assert!(!page.contains("NaN") && !page.contains("undefined"), "a figure that is none");
+    // Copies, drift, load; balancedness was not logged.
+    assert_eq!(page.matches("aria-pressed").count(), 3);
+    let used = draw_with(&trained(), "theme=light", USE_EVERYTHING);
+    assert_eq!(figure(&used, "training-loss").matches("<tr").count(), 121);
+    let part = figure(&used, "training-routing");
+    assert!(part.contains("Max / mean load"), "the last choice is shown");
+    // A run on one rank has no copies: balancedness alone, nothing to choose.
+    let mut alone = trained();
+    for p in &mut alone.training.as_mut().expect("a run").points {
+        *p =
+            TrainingPoint { step: p.step, loss: p.loss, balancedness: Some(0.5), ..TrainingPoint::default() };
+    }
+    let dom = draw(&alone, "theme=dark");
+    assert_eq!(marks(figure(&dom, "training-loss"), "line", "<path"), 1);
+    assert_eq!(marks(figure(&dom, "training-routing"), "line", "<path"), 1);
 }
 
 #[test]
 #[ignore = "needs Chromium: run with --ignored"]
 fn browser_follows_theme_and_width() {
     for (width, theme) in [(320, "light"), (390, "dark"), (820, "light"), (1600, "dark")] {
-        for data in [fixture(), hostile(), many_experts()] {
+        for data in [fixture(), hostile(), many_experts(), trained()] {
             let said = in_frame(&data, width, theme);
             assert_eq!((&said["width"], &said["theme"]), (&width.into(), &theme.into()), "{said}");
             assert_eq!((&said["errors"], &said["wrong_width"]), (&0.into(), &0.into()), "{said}");

@@ -287,3 +287,114 @@ fn options_without_a_meaning_are_wrong_usage() {
         room.args("pretrain", "bad", &[]).into_iter().map(|a| if a == "8" { "4096".into() } else { a });
     assert!(fails(&strs(&long.collect::<Vec<String>>()), 1).contains("the model's context is"));
 }
+
+#[test]
+fn a_report_shows_the_run_that_trained_the_model() {
+    let room = Room::new();
+    let data = room.at("data.jsonl");
+    let more =
+        ["--ranks", "4", "--max-ranks", "2", "--anneal", "0.5", "--eval-data", &data, "--eval-every", "3"];
+    done(&strs(&room.args("pretrain", "run", &more)));
+    let log = room.log("run");
+    for entry in &log {
+        let of = |name: &str| entry["figures"][name].as_f64().expect("a figure");
+        assert!(of("C_T_unlimited") >= of("C_T") - 1e-9, "{entry}");
+        assert!(
+            (of("C_T_drift")
+                - of("C_T_unlimited") / log[0]["figures"]["C_T_unlimited"].as_f64().expect("C_T"))
+            .abs()
+                < 1e-5
+        );
+    }
+    let (run, profile, page, shown) =
+        (room.at("run"), room.at("profile.safetensors"), room.at("page.html"), room.at("data.json"));
+    let text = room.write("text.txt", "a b c d e f g h a c b a d a b ".repeat(30));
+    done(&["profile", &run, "--text", &text, "-o", &profile]);
+    for training in [run.clone(), room.at("run/training")] {
+        done(&[
+            "report",
+            &profile,
+            "--ranks",
+            "4",
+            "--restarts",
+            "1",
+            "--training",
+            &training,
+            "--data",
+            &shown,
+            "-o",
+            &page,
+        ]);
+        let found: Value = serde_json::from_slice(&fs::read(&shown).expect("read")).expect("JSON");
+        let (run, points) = (&found["training"], found["training"]["points"].as_array().expect("points"));
+        assert_eq!(
+            (run["steps"].as_u64(), points.len(), &run["domains"]),
+            (Some(6), 6, &serde_json::json!(["data"]))
+        );
+        assert_eq!(points[5]["limit"], 2);
+        assert_eq!(points[5]["loss"], log[5]["loss"]);
+        assert_eq!(points[2]["held_out"][0], log[2]["figures"]["val_loss/data"]);
+        for (name, logged) in
+            [("copies_per_token", "C_T"), ("copies_unlimited", "C_T_unlimited"), ("drift", "C_T_drift")]
+        {
+            assert_eq!(points[4][name], log[4]["figures"][logged], "{name}");
+        }
+        assert!(fs::read_to_string(&page).expect("page").contains("\"training\":{"));
+    }
+    let message =
+        fails(&["report", &profile, "--ranks", "4", "--training", &room.at("config"), "-o", &page], 1);
+    assert!(message.contains("has no training log"), "{message}");
+}
+
+#[test]
+fn a_bias_on_the_choices_is_recorded_used_and_resumed() {
+    let room = Room::new();
+    let (data, bias) = (room.at("data.jsonl"), ["--balance-bias", "0.02"]);
+    done(&strs(&room.args("pretrain", "whole", &bias)));
+    done(&strs(&room.args("pretrain", "parts", &[&bias[..], &["--stop-after", "3"]].concat())));
+    done(&strs(&room.args("pretrain", "parts", &[&bias[..], &["--resume"]].concat())));
+    assert_eq!(room.weights("parts"), room.weights("whole"));
+    let notes = |dir: &str| fs::read(room.at(&format!("{dir}/occult.json"))).expect("notes");
+    assert_eq!(notes("parts"), notes("whole"));
+    let found =
+        occult_formats::LimitFile::read_bias(Path::new(&room.at("whole"))).expect("read").expect("a bias");
+    assert!(found.iter().flatten().any(|b| *b != 0.0));
+    let eval = |dir: &str, more: &[&str]| -> f64 {
+        let out = done(&[&["eval", &room.at(dir), "--text", &data, "--json"], more].concat());
+        let value: Value = serde_json::from_str(&out).expect("JSON");
+        value["total"]["perplexity"].as_f64().unwrap_or_else(|| panic!("{value}"))
+    };
+    done(&["convert", &room.at("whole"), "-o", &room.at("copy")]);
+    let with = eval("whole", &[]);
+    assert_eq!(eval("copy", &[]), with);
+    assert!((eval("whole", &["--ranks", "2"]) / with - 1.0).abs() < 1e-5);
+    // Over ranks and with a limit the bias stands beside the placement.
+    let tuned = [&bias[..], &["--ranks", "4", "--max-ranks", "2"]].concat();
+    done(&strs(&room.args("tune", "tuned", &tuned)));
+    assert!(occult_formats::LimitFile::read(Path::new(&room.at("tuned"))).expect("read").is_some());
+    assert!(occult_formats::LimitFile::read_bias(Path::new(&room.at("tuned"))).expect("read").is_some());
+    // Tuned on, the bias is where the model was; without its notes it is another model.
+    done(&[
+        "logits",
+        &room.at("whole"),
+        "--ids",
+        &room.write("ids.json", "[[1, 2, 3, 4, 5, 6]]"),
+        "--out",
+        &room.at("a.safetensors"),
+    ]);
+    fs::remove_file(room.at("copy/occult.json")).expect("removed");
+    done(&["logits", &room.at("copy"), "--ids", &room.at("ids.json"), "--out", &room.at("b.safetensors")]);
+    let read = |name: &str| fs::read(room.at(name)).expect("logits");
+    assert_ne!(read("a.safetensors"), read("b.safetensors"), "the bias changes no choice");
+    done(&[
+        "profile",
+        &room.at("whole"),
+        "--text",
+        &room.write("t.txt", "a b c d e f g h ".repeat(20)),
+        "-o",
+        &room.at("p.safetensors"),
+    ]);
+    done(&["place", &room.at("p.safetensors"), "--ranks", "2", "--equal", "-o", &room.at("p.json")]);
+    let message = fails(&["permute", &room.at("whole"), &room.at("p.json"), "-o", &room.at("permuted")], 1);
+    assert!(message.contains("bias on its routers' choices"), "{message}");
+}

@@ -1,9 +1,11 @@
-//! `occult.json` in a model directory: the limit on the ranks a token visits that the model was tuned with.
+//! `occult.json` in a model directory: what the model was trained with and no checkpoint format holds. The limit on the ranks
+//! a token visits, and the bias on the routers' choices.
 //!
 //! ```json
 //! { "format": "occult.limit.v1", "placement": "placement.json", "max_ranks": 2, "rule": "best-mass", "keep_mass": null }
 //! ```
-//! Other programs do not read it: for them the directory is the model without a limit.
+//! Every field but `format` can be absent; `"selection_bias": [[..], ..]` has one number per expert for each MoE layer.
+//! Other programs do not read it: for them the directory is the model without a limit and without the bias.
 
 use std::path::{Path, PathBuf};
 
@@ -17,30 +19,50 @@ pub const LIMIT_FORMAT: &str = "occult.limit.v1";
 /// The file's name in a model directory.
 pub const LIMIT_FILE: &str = "occult.json";
 
-/// What a model was tuned with.
+/// What a model was trained with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LimitFile {
     format: String,
     /// File name of the placement in the same directory.
-    pub placement: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<String>,
     /// Most ranks of a token; absent: no limit.
+    #[serde(default)]
     pub max_ranks: Option<usize>,
     /// How ranks and replacements are chosen: `best-mass` or `router-score`.
+    #[serde(default = "best_mass")]
     pub rule: String,
     /// Adaptive: the share of the routing mass that the fewest ranks must keep.
     #[serde(default)]
     pub keep_mass: Option<f64>,
+    /// `[E]` for every MoE layer: added to the routers' probabilities for the choice of experts, not for their weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selection_bias: Option<Vec<Vec<f32>>>,
+}
+
+fn best_mass() -> String {
+    "best-mass".to_owned()
 }
 
 impl LimitFile {
     /// A description for a placement that lies in the same directory under this name.
     pub fn new(placement: &str, max_ranks: Option<usize>, rule: &str, keep_mass: Option<f64>) -> Self {
-        let (format, placement, rule) = (LIMIT_FORMAT.into(), placement.into(), rule.into());
-        Self { format, placement, max_ranks, rule, keep_mass }
+        let (format, placement, rule) = (LIMIT_FORMAT.into(), Some(placement.into()), rule.into());
+        Self { format, placement, max_ranks, rule, keep_mass, selection_bias: None }
     }
 
-    /// Reads what a model directory says, with its placement; `None` where it says nothing.
-    pub fn read(model: &Path) -> Result<Option<(Self, PlacementFile)>> {
+    /// A description of a bias on the routers' choices alone.
+    pub fn of_bias(selection_bias: Vec<Vec<f32>>) -> Self {
+        let (format, rule, selection_bias) = (LIMIT_FORMAT.into(), best_mass(), Some(selection_bias));
+        Self { format, placement: None, max_ranks: None, rule, keep_mass: None, selection_bias }
+    }
+
+    /// Reads the bias on the routers' choices of a model directory; `None` where it has none.
+    pub fn read_bias(model: &Path) -> Result<Option<Vec<Vec<f32>>>> {
+        Ok(Self::read_alone(model)?.and_then(|file| file.selection_bias))
+    }
+
+    fn read_alone(model: &Path) -> Result<Option<Self>> {
         let path = model.join(LIMIT_FILE);
         if !path.is_file() {
             return Ok(None);
@@ -52,7 +74,19 @@ impl LimitFile {
             let message = format!("format is {:?}, expected {LIMIT_FORMAT:?}", file.format);
             return Err(FormatError::bad(&path, "", message));
         }
-        let name = PathBuf::from(&file.placement);
+        Ok(Some(file))
+    }
+
+    /// Reads what a model directory says of a placement and a limit; `None` where it says nothing.
+    pub fn read(model: &Path) -> Result<Option<(Self, PlacementFile)>> {
+        let path = model.join(LIMIT_FILE);
+        let Some(file) = Self::read_alone(model)? else { return Ok(None) };
+        let Some(name) = file.placement.as_ref().map(PathBuf::from) else {
+            if file.max_ranks.is_some() {
+                return Err(FormatError::bad(&path, "", "max_ranks without a placement"));
+            }
+            return Ok(None);
+        };
         if name.components().count() != 1 || name.file_name().is_none() {
             let message = format!("placement is {:?}, expected a file name", file.placement);
             return Err(FormatError::bad(&path, "", message));
@@ -94,12 +128,33 @@ mod tests {
         assert_eq!(LimitFile::read(dir.path()).expect("read"), Some((file.clone(), placement)));
         for (bad, message) in [
             (LimitFile { max_ranks: Some(3), ..file.clone() }, "max_ranks is 3"),
-            (LimitFile { placement: "../placement.json".into(), ..file.clone() }, "expected a file name"),
+            (
+                LimitFile { placement: Some("../placement.json".into()), ..file.clone() },
+                "expected a file name",
+            ),
+            (LimitFile { placement: None, ..file.clone() }, "max_ranks without a placement"),
             (LimitFile { format: "other".into(), ..file.clone() }, "format is"),
         ] {
             bad.write(dir.path()).expect("written");
             let error = LimitFile::read(dir.path()).expect_err("refused").to_string();
             assert!(error.contains(message), "{error}");
         }
+    }
+
+    #[test]
+    fn a_bias_comes_back_to_the_bit_with_and_without_a_placement() {
+        let dir = tempfile::tempdir().expect("directory");
+        assert_eq!(LimitFile::read_bias(dir.path()).expect("nothing"), None);
+        let bias = vec![vec![0.1f32, -0.3, f32::MIN_POSITIVE], vec![1e-3 + 2e-3, 1.0 / 3.0, -0.0]];
+        LimitFile::of_bias(bias.clone()).write(dir.path()).expect("written");
+        assert_eq!(LimitFile::read(dir.path()).expect("no limit"), None);
+        let found = LimitFile::read_bias(dir.path()).expect("read").expect("a bias");
+        let bits = |b: &[Vec<f32>]| b.iter().flatten().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&found), bits(&bias));
+        // As files were before there was a bias.
+        let old = r#"{"format":"occult.limit.v1","placement":"p.json","max_ranks":2,"rule":"router-score"}"#;
+        std::fs::write(dir.path().join(LIMIT_FILE), old).expect("written");
+        assert_eq!(LimitFile::read_bias(dir.path()).expect("read"), None);
+        assert!(LimitFile::read(dir.path()).expect_err("no placement").to_string().contains("p.json"));
     }
 }

@@ -84,5 +84,5 @@ pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};
 #[cfg(feature = "tokenizer")]
 pub use text::{Message, TextTokenizer};
-pub use train::{IGNORE, TrainBatch, TrainOptions, TrainOutput};
+pub use train::{BalanceCounts, IGNORE, TrainBatch, TrainOptions, TrainOutput};
 pub use weight::{StoredDtype, Values, Weight};

@@ -35,6 +35,8 @@ pub struct ModelFiles {
     names: Names,
     options: LoadOptions,
     threads: OnceLock<Threads>,
+    /// One `[E]` per MoE layer.
+    selection_bias: Option<Vec<Vec<f32>>>,
 }
 
 impl ModelFiles {
@@ -44,7 +46,25 @@ impl ModelFiles {
         let checkpoint = Checkpoint::open(dir)?;
         let names = Names::detect(&spec, &checkpoint);
         names.check(&spec, &checkpoint)?;
-        Ok(Self { spec, checkpoint, names, options, threads: OnceLock::new() })
+        Ok(Self { spec, checkpoint, names, options, threads: OnceLock::new(), selection_bias: None })
+    }
+
+    /// The same model with a bias on its routers' choices, `[E]` for every MoE layer, which no checkpoint format of the
+    /// supported families holds. Errors when it is for another model.
+    pub fn with_selection_bias(self, bias: Vec<Vec<f32>>) -> Result<Self> {
+        let (layers, experts) = (self.spec.num_moe_layers(), self.spec.moe.router.num_experts);
+        let good = |b: &Vec<f32>| b.len() == experts && b.iter().all(|v| v.is_finite());
+        if bias.len() != layers || !bias.iter().all(good) {
+            return Err(ModelError::request(format!(
+                "the selection bias: expected {experts} finite numbers for each of {layers} MoE layers"
+            )));
+        }
+        Ok(Self { selection_bias: Some(bias), ..self })
+    }
+
+    /// The bias on the routers' choices, if the model has one.
+    pub fn selection_bias(&self) -> Option<&[Vec<f32>]> {
+        self.selection_bias.as_deref()
     }
 
     /// What the model is.
@@ -82,7 +102,13 @@ impl ModelFiles {
 
     /// The router of a layer.
     pub fn router(&self, layer: usize) -> Result<Router> {
-        Router::new(self.threads(), self.spec.moe.router, layer, &self.weight(&self.names.router(layer))?)
+        let weight = self.weight(&self.names.router(layer))?;
+        let router = Router::new(self.threads(), self.spec.moe.router, layer, &weight)?;
+        let moe_layer = self.spec.moe_layers().position(|l| l == layer);
+        match self.selection_bias.as_ref().zip(moe_layer).and_then(|(bias, at)| bias.get(at)) {
+            Some(bias) => router.with_selection_bias(bias),
+            None => Ok(router),
+        }
     }
 
     /// The weights of these experts of a layer, in the given order; nothing of the other experts is read.

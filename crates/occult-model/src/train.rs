@@ -42,39 +42,93 @@ pub struct TrainOutput {
     pub routing: Vec<RoutingBuf>,
 }
 
+/// How often experts were chosen, by how many tokens: of one batch, or added up over the ranks that compute at once.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BalanceCounts {
+    /// `[L, E]`: tokens of each expert of each MoE layer.
+    pub choices: Vec<f64>,
+    /// Tokens that count.
+    pub tokens: f64,
+    /// Sequences with such tokens.
+    pub sequences: f64,
+}
+
 impl TrainOutput {
+    /// The counts of this batch. `num_sequences`: `B` of the batch. `is_token` `[B * L]`: rows that count (not padding), all
+    /// when `None`.
+    pub fn balance_counts(&self, num_sequences: usize, is_token: Option<&[bool]>) -> Result<BalanceCounts> {
+        let mut choices = vec![];
+        for routing in &self.routing {
+            let (ids, k) = (ids(routing), routing.top_k);
+            choices.extend(ops::router::expert_counts(&ids, k, routing.num_experts, is_token)?);
+        }
+        let rows = self.routing.first().map_or(0, |r| r.expert_ids.len() / r.top_k.max(1));
+        let of = |mask: &[bool]| mask.iter().filter(|t| **t).count();
+        let tokens = is_token.map_or(rows, of) as f64;
+        let each = (rows / num_sequences.max(1)).max(1);
+        let counts = |mask: &[bool]| mask.chunks(each).filter(|part| part.contains(&true)).count();
+        Ok(BalanceCounts { choices, tokens, sequences: is_token.map_or(num_sequences, counts) as f64 })
+    }
+
     /// The loss that keeps experts evenly used, scalar f32, not yet multiplied by its coefficient: a mean over tokens.
-    ///
-    /// `num_sequences`: `B` of the batch. `is_token` `[B * L]`: rows that count (not padding), all when `None`.
     pub fn balance_loss(
         &self,
         kind: BalanceLoss,
         num_sequences: usize,
         is_token: Option<&[bool]>,
     ) -> Result<Tensor> {
+        let own = self.balance_counts(num_sequences, is_token)?;
+        self.balance_loss_part(kind, num_sequences, is_token, &own, &own)
+    }
+
+    /// What this batch adds to the [`balance_loss`](Self::balance_loss) of all ranks' batches as if they were one: `own`
+    /// counts this batch, `all` every rank's. How often experts were chosen has no gradient, so that the gradients of the
+    /// parts add up to that of the loss.
+    pub fn balance_loss_part(
+        &self,
+        kind: BalanceLoss,
+        num_sequences: usize,
+        is_token: Option<&[bool]>,
+        own: &BalanceCounts,
+        all: &BalanceCounts,
+    ) -> Result<Tensor> {
         let mut scores = Vec::with_capacity(self.router_logits.len());
         for logits in &self.router_logits {
             scores.push(ops::router::router_scores(logits, ops::router::Scoring::Softmax)?);
         }
-        let ids: Vec<Vec<u32>> =
-            self.routing.iter().map(|r| r.expert_ids.iter().map(|&id| u32::from(id)).collect()).collect();
-        let top_k = self.routing.first().map_or(1, |r| r.top_k);
+        let (layers, k) = (scores.len(), self.routing.first().map_or(1, |r| r.top_k));
+        let experts = (all.choices.len() / layers.max(1)).max(1);
         if kind == BalanceLoss::AllLayers {
-            let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
-            return Ok(ops::router::load_balancing_loss(&scores, &ids, top_k, is_token)?);
+            let mut counts = vec![0.0; experts];
+            for of_layer in all.choices.chunks_exact(experts) {
+                counts.iter_mut().zip(of_layer).for_each(|(sum, n)| *sum += n);
+            }
+            let total = all.tokens * layers as f64;
+            return Ok(ops::router::load_balancing_part(&scores, &counts, total, is_token)?);
         }
         let mut sum = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-        for (scores, ids) in scores.iter().zip(&ids) {
+        for ((scores, routing), counts) in
+            scores.iter().zip(&self.routing).zip(all.choices.chunks_exact(experts))
+        {
             let of_layer = match kind {
                 BalanceLoss::Sequences => {
-                    ops::router::sequence_balance_loss(scores, ids, top_k, num_sequences, is_token)?
+                    let ids = ids(routing);
+                    let mean = ops::router::sequence_balance_loss(scores, &ids, k, num_sequences, is_token)?;
+                    (mean * (own.sequences / all.sequences.max(1.0)))?
                 }
-                _ => ops::router::expert_balance_loss(scores, ids, top_k, is_token)?,
+                _ => {
+                    let scores = std::slice::from_ref(scores);
+                    (ops::router::load_balancing_part(scores, counts, all.tokens, is_token)? / k as f64)?
+                }
             };
             sum = (sum + of_layer)?;
         }
         Ok(sum)
     }
+}
+
+fn ids(routing: &RoutingBuf) -> Vec<u32> {
+    routing.expert_ids.iter().map(|&id| u32::from(id)).collect()
 }
 
 /// How [`Decoder::forward_train`] runs.

@@ -30,7 +30,10 @@ pub struct Entry {
     /// Most ranks of a token in this step, where there is a limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<usize>,
-    /// What the model reports: "C_T", "balancedness", "aux_loss", "z_loss" ... means over micro-batches and ranks.
+    /// What the model reports, means over the tokens of all micro-batches and ranks: "C_T" (ranks a token visits),
+    /// "C_T_unlimited" (those it would visit without the limit), "C_T_drift" (the latter over what the placement had at the
+    /// first step, or promised), "rank_load", "balancedness", "aux_loss", "router_z_loss"; "val_loss" and "val_loss/NAME"
+    /// where held-out data were measured.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub figures: BTreeMap<String, f64>,
 }

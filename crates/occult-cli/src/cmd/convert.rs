@@ -1,6 +1,7 @@
 //! `occult convert`
 
 use anyhow::Result;
+use occult_formats::LimitFile;
 use occult_model::{ConvertOptions, LoadOptions, ModelFiles, Progress, QuantisedClass, Threads};
 
 use crate::model_args::ConvertArgs;
@@ -13,6 +14,10 @@ pub(super) fn run(args: &ConvertArgs) -> Result<()> {
     bar.finish_and_clear();
     if let Some(classes) = result? {
         print(&errors(&classes))?;
+    }
+    // What no checkpoint format holds; a limit belongs to the placement beside it and stays behind.
+    if let Some(bias) = LimitFile::read_bias(&args.model)? {
+        LimitFile::of_bias(bias).write(&args.output)?;
     }
     written(args)
 }

@@ -1,7 +1,7 @@
 //! `occult permute`
 
-use anyhow::{Context, Result};
-use occult_formats::PlacementFile;
+use anyhow::{Context, Result, bail};
+use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile};
 use occult_model::{LoadOptions, MAX_LOGIT_DIFFERENCE, ModelFiles, PermuteReport};
 use serde_json::json;
 
@@ -11,6 +11,12 @@ use crate::{inputs, model, progress};
 
 pub(super) fn run(args: &PermuteArgs) -> Result<()> {
     let file = PlacementFile::read(&args.placement)?;
+    if LimitFile::read_bias(&args.model)?.is_some() {
+        bail!(
+            "{}: has a bias on its routers' choices, which no other engine uses and a reordered checkpoint would lose",
+            args.model.join(LIMIT_FILE).display()
+        );
+    }
     let files = ModelFiles::open(&args.model, LoadOptions::default())?;
     let meta = model::profile_meta(files.spec(), model::name(&args.model));
     file.check_against(&meta).with_context(|| args.placement.display().to_string())?;

@@ -10,6 +10,7 @@ use crate::compare::{self, Request};
 use crate::output::print;
 use crate::report::{self, ReportData};
 use crate::setup;
+use crate::training::read_for_report;
 
 pub(super) fn run(args: &ReportArgs) -> Result<()> {
     let topology = setup::topology(&args.topology)?;
@@ -28,7 +29,9 @@ pub(super) fn run(args: &ReportArgs) -> Result<()> {
         );
         placements.push((path.file_stem().unwrap_or_default().to_string_lossy().into_owned(), file));
     }
-    let comparison = compare::run(&Request {
+    // Before the search: a log that cannot be read is no reason to wait.
+    let training = args.training.as_deref().map(read_for_report).transpose()?;
+    let mut comparison = compare::run(&Request {
         profile: &profile,
         placements: &placements,
         topology,
@@ -38,6 +41,7 @@ pub(super) fn run(args: &ReportArgs) -> Result<()> {
         title: args.title.as_deref(),
         notices: Vec::new(),
     })?;
+    comparison.data.training = training;
     if let Some(path) = &args.data {
         write_data(path, &comparison.data)?;
     }

@@ -104,6 +104,7 @@ pub(super) fn assemble(
                 })
                 .collect::<Result<Vec<_>>>()?,
         ),
+        training: None,
         warnings,
     })
 }

@@ -1,6 +1,6 @@
 //! Reading a data file and checking that its parts fit together, so that the page never draws a lie.
 
-use super::data::{CoActivationMap, FORMAT, Method, ReportData};
+use super::data::{CoActivationMap, FORMAT, Method, ReportData, Training};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeSet;
 
@@ -43,6 +43,9 @@ impl ReportData {
         for map in &self.coactivation.items {
             self.check_map(map, &names)
                 .with_context(|| format!("report data: co-activation of layer {}", map.layer))?;
+        }
+        if let Some(training) = &self.training {
+            check_training(training).context("report data: training")?;
         }
         self.check_lists(&names)
     }
@@ -125,6 +128,22 @@ impl ReportData {
         }
         Ok(())
     }
+}
+
+fn check_training(training: &Training) -> Result<()> {
+    let points = &training.points;
+    ensure!(!points.is_empty(), "no points");
+    ensure!(points.is_sorted_by(|a, b| a.step < b.step), "points: steps do not ascend");
+    for p in points {
+        let what = format!("step {}", p.step);
+        if !p.held_out.is_empty() {
+            same(&format!("held_out of {what}"), training.domains.len(), p.held_out.len())?;
+        }
+        let figures =
+            [p.loss, p.copies_per_token, p.copies_unlimited, p.drift, p.load_max_over_mean, p.balancedness];
+        finite(&what, figures.into_iter().chain(p.held_out.iter().copied()).flatten())?;
+    }
+    Ok(())
 }
 
 fn same(what: &str, expected: usize, found: usize) -> Result<()> {

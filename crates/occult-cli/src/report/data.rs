@@ -42,6 +42,9 @@ pub struct ReportData {
     pub predictions: Part<Prediction>,
     /// Connected sub-graphs of the collaboration graph (the paper's figure 3).
     pub subgraphs: Part<SubgraphCurve>,
+    /// The run that trained the model, where the reader asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub training: Option<Training>,
     /// What the reader should know before believing a figure.
     pub warnings: Vec<String>,
 }
@@ -247,6 +250,52 @@ pub struct Prediction {
     pub combine_seconds: f64,
     /// Seconds in all; less than the sum where parts overlap.
     pub total_seconds: f64,
+}
+
+/// A training run, from its log.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// Steps taken.
+    pub steps: u64,
+    /// Tokens that were inputs.
+    pub tokens: u64,
+    /// Names of the sets of held-out text, in the order of [`TrainingPoint::held_out`].
+    pub domains: Vec<String>,
+    /// Steps in order; of a long run every point is the mean of several steps.
+    pub points: Vec<TrainingPoint>,
+}
+
+/// One step, or the means of the steps since the point before. A figure that was not measured is absent.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingPoint {
+    /// The last of its steps, from 1.
+    pub step: u64,
+    /// Mean cross-entropy per learned target, in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
+    /// The same of held-out text, as last measured: of each of [`Training::domains`], or nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub held_out: Vec<Option<f64>>,
+    /// `C_T`: ranks a token visited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copies_per_token: Option<f64>,
+    /// Ranks a token would have visited without the limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copies_unlimited: Option<f64>,
+    /// The latter over its value at the first step, or over what the placement promised.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drift: Option<f64>,
+    /// Rows of the busiest rank over the mean of ranks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load_max_over_mean: Option<f64>,
+    /// Mean over maximum of the experts' tokens, 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balancedness: Option<f64>,
+    /// Most ranks of a token in the last of its steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
 }
 
 /// Connected sub-graphs of one layer's collaboration graph when weak edges are cut.

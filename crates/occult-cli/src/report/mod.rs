@@ -10,6 +10,6 @@ mod render;
 
 pub use data::{
     CoActivationMap, ExpertOrder, FORMAT, FrontierPoint, Measures, Method, Part, Prediction, Profile,
-    PruningBudget, PruningRow, ReportData, Setting, SubgraphCurve,
+    PruningBudget, PruningRow, ReportData, Setting, SubgraphCurve, Training, TrainingPoint,
 };
 pub use render::render;

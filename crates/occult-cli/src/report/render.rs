@@ -8,11 +8,12 @@ const STYLE: &str = include_str!("assets/report.css");
 const LICENSES: &str = include_str!("assets/vendor/LICENSES.txt");
 const LIBRARIES: [&str; 2] =
     [include_str!("assets/vendor/d3-7.9.2.min.js"), include_str!("assets/vendor/plot-0.6.17.umd.min.js")];
-const SCRIPTS: [&str; 5] = [
+const SCRIPTS: [&str; 6] = [
     include_str!("assets/page.js"),
     include_str!("assets/overview.js"),
     include_str!("assets/maps.js"),
     include_str!("assets/charts.js"),
+    include_str!("assets/training.js"),
     include_str!("assets/main.js"),
 ];
 

@@ -2,6 +2,8 @@
 
 mod data;
 mod output;
+mod report;
 mod run;
 
+pub(crate) use report::read as read_for_report;
 pub(crate) use run::{Start, run};

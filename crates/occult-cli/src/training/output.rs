@@ -6,9 +6,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile, PlacementMeta};
-use occult_model::{ModelSpec, StoredDtype};
+use occult_model::StoredDtype;
 use occult_plan::Placement;
-use occult_train::model::ExpertRanks;
+use occult_train::model::MoeModel;
 use serde_json::Value;
 
 use crate::train_args::TrainArgs;
@@ -32,10 +32,15 @@ fn name(dtype: StoredDtype) -> &'static str {
     }
 }
 
-/// Records placement and limit where there are any; removes what an earlier run has recorded.
-pub(crate) fn limit(to: &Path, ranks: &ExpertRanks, spec: &ModelSpec, args: &TrainArgs) -> Result<()> {
+/// Records placement, limit and bias where there are any; removes what an earlier run has recorded.
+pub(crate) fn limit(to: &Path, model: &MoeModel, args: &TrainArgs) -> Result<()> {
     const PLACEMENT: &str = "placement.json";
+    let (ranks, spec) = (model.ranks(), model.model().spec());
+    let selection_bias = model.selection_bias().map(<[_]>::to_vec);
     if args.placement.is_none() && args.max_ranks.is_none() {
+        if let Some(bias) = selection_bias {
+            return Ok(LimitFile::of_bias(bias).write(to)?);
+        }
         let old = to.join(LIMIT_FILE);
         return if old.is_file() { fs::remove_file(&old).context("removing an old limit") } else { Ok(()) };
     }
@@ -53,7 +58,8 @@ pub(crate) fn limit(to: &Path, ranks: &ExpertRanks, spec: &ModelSpec, args: &Tra
     };
     file.write(&to.join(PLACEMENT))?;
     let rule = args.rule.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
-    Ok(LimitFile::new(PLACEMENT, args.max_ranks, &rule, args.keep_mass).write(to)?)
+    let limit = LimitFile::new(PLACEMENT, args.max_ranks, &rule, args.keep_mass);
+    Ok(LimitFile { selection_bias, ..limit }.write(to)?)
 }
 
 /// Writes configuration and tokenizer of the model directory `from` into `to`.

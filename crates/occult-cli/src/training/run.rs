@@ -90,17 +90,19 @@ fn ranks(args: &TrainArgs, spec: &ModelSpec, comm: Arc<dyn Communicator>) -> Res
             .into());
         }
     };
+    let mut promised = None;
     let ranks = match &args.placement {
         None => ExpertRanks::contiguous(comm, layers, spec.moe.router.num_experts)?,
         Some(path) => {
             let file = PlacementFile::read(path)?;
             file.check_against(&crate::model::profile_meta(spec, String::new()))
                 .with_context(|| format!("{}: is for another model", path.display()))?;
+            promised = file.meta.figures.as_ref().and_then(|f| f.get("copies_per_token")?.as_f64());
             let placement = &file.placement;
             ExpertRanks::placed(comm, placement.topology(), placement.layers().to_vec(), rule)?
         }
     };
-    let ranks = ranks.with_keep_mass(args.keep_mass);
+    let ranks = ranks.with_keep_mass(args.keep_mass).with_promised_copies(promised);
     if let Some(max) = args.max_ranks {
         let num_ranks = ranks.topology().num_ranks();
         if max > num_ranks {
@@ -158,6 +160,7 @@ fn model_options(args: &TrainArgs, defaults: TrainingDefaults) -> ModelOptions {
         },
         balance: args.aux_loss_over.map_or(defaults.balance, AuxLossOver::loss),
         balance_coefficient: args.aux_loss.unwrap_or(defaults.balance_coefficient),
+        balance_bias: args.balance_bias.unwrap_or(0.0) as f32,
         router_z_coefficient: args.router_z_loss,
         z_coefficient: args.z_loss as f32,
         recompute: args.recompute,
@@ -213,7 +216,7 @@ fn train(
             (model, ExpertLayout::PerExpert, StoredDtype::Bf16)
         }
         Start::Model(dir) => {
-            let files = ModelFiles::open(dir, LoadOptions { dtype: None, threads: Some(threads.clone()) })?;
+            let files = crate::model::open(dir, LoadOptions { dtype: None, threads: Some(threads.clone()) })?;
             let layout = files.names().layout;
             let dtype = stored_dtype(&files);
             (MoeModel::read(&files, ranks, how)?, layout, dtype)
@@ -253,7 +256,7 @@ fn train(
     };
     if lead {
         output::configuration(dir, &args.output, dtype)?;
-        output::limit(&args.output, model.ranks(), spec, args)?;
+        output::limit(&args.output, &model, args)?;
     }
     model.write(&args.output, layout, dtype)?;
     comm.barrier("writing the model")?;

@@ -42,6 +42,22 @@ impl Router {
         Ok(Self { rule: rule(&spec), spec, layer, linear })
     }
 
+    /// The same router with `bias` `[E]` added to its probabilities for the choice of experts, not for their weights
+    /// (DeepSeek-V3's balancing). Errors when it is not E finite numbers.
+    pub fn with_selection_bias(mut self, bias: &[f32]) -> Result<Self> {
+        if bias.len() != self.spec.num_experts || bias.iter().any(|b| !b.is_finite()) {
+            let message = format!(
+                "the selection bias of layer {}: {} numbers, expected {} finite ones",
+                self.layer,
+                bias.len(),
+                self.spec.num_experts
+            );
+            return Err(ModelError::request(message));
+        }
+        self.rule.rule.selection_bias = Some(bias.to_vec());
+        Ok(self)
+    }
+
     /// What it does.
     pub fn spec(&self) -> &RouterSpec {
         &self.spec
@@ -178,6 +194,22 @@ mod tests {
         // The best group is the last one; the second best expert, in the first group, is out of reach.
         let r = route(&identity(RouterSpec { groups, ..spec(2) }), [1.9, 1.8, 0.0, 0.0, 0.1, 2.0])?;
         assert_eq!(r.expert_ids, [5, 4]);
+        Ok(())
+    }
+
+    #[test]
+    fn a_bias_takes_part_in_the_choice_only() -> Result<()> {
+        let logits: [f32; 6] = [0.3, -1.0, 2.0, 0.9, 0.0, -0.4];
+        let plain = identity(spec(2));
+        let zero = plain.clone().with_selection_bias(&[0.0; 6])?;
+        assert_eq!(route(&zero, logits)?, route(&plain, logits)?);
+        let r = route(&plain.clone().with_selection_bias(&[0.0, 1.0, 0.0, 0.0, 0.0, 0.0])?, logits)?;
+        assert_eq!(r.expert_ids, [1, 2]);
+        let total: f32 = logits.iter().map(|l| l.exp()).sum();
+        let weights = r.weights.expect("weights");
+        assert!((weights[0] - (-1f32).exp() / total).abs() < 1e-6, "{weights:?}");
+        assert!(plain.clone().with_selection_bias(&[0.0; 5]).is_err());
+        assert!(plain.with_selection_bias(&[f32::NAN; 6]).is_err());
         Ok(())
     }
 

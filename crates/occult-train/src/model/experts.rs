@@ -1,14 +1,31 @@
 //! The routed experts of a layer in training: limited by the placement's ranks, computed on those there are.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_core::Tensor;
 use occult_model::{ModelError, ModelParameters, MoeLayer, MoeOutput, Router, StackedExperts, Threads};
 use occult_moe::{ExpertParallelLayer, ExpertTensors, MoeError, PruneRule};
-use occult_plan::{Budget, LayerPlacement, RoutingBuf, Topology, prune};
+use occult_plan::{Budget, ExpertId, LayerPlacement, RoutingBuf, Topology, prune};
 
 use crate::error::{Result, TrainError};
 use crate::model::ranks::ExpertRanks;
 
 type Shared<'a> = &'a mut dyn FnMut() -> occult_model::Result<Tensor>;
+
+/// What a router chose in the latest forward pass before the limit changed it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Choices(Arc<Mutex<Option<Vec<ExpertId>>>>);
+
+impl Choices {
+    fn put(&self, expert_ids: Vec<ExpertId>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(expert_ids);
+    }
+
+    /// `[T, K]`; `None` where there was no limit.
+    pub(super) fn take(&self) -> Option<Vec<ExpertId>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
 
 /// The limit on the ranks a token visits.
 #[derive(Debug, Clone)]
@@ -27,20 +44,21 @@ pub(super) struct TrainedExperts {
     experts: StackedExperts,
     layer: ExpertParallelLayer,
     limit: Option<Limit>,
+    choices: Choices,
 }
 
 impl TrainedExperts {
     /// The layer of the model's number `number`, which is MoE layer `moe_layer`.
     pub(super) fn new(
         parameters: &ModelParameters,
-        number: usize,
-        moe_layer: usize,
+        (number, moe_layer): (usize, usize),
+        router: Router,
         ranks: &ExpertRanks,
         threads: &Threads,
         max_ranks: Option<usize>,
+        choices: &Choices,
     ) -> Result<Self> {
         let failed = |e: MoeError| TrainError::model(format!("layer {number}"), e);
-        let router = parameters.router(number).map_err(|e| TrainError::model("a router", e))?;
         let experts = parameters.experts(number).map_err(|e| TrainError::model("experts", e))?;
         let layer = ExpertParallelLayer::new(
             ranks.comm().clone(),
@@ -59,7 +77,7 @@ impl TrainedExperts {
                 budget: ranks.budget(n),
             }),
         };
-        Ok(Self { number, router, experts, layer, limit })
+        Ok(Self { number, router, experts, layer, limit, choices: choices.clone() })
     }
 
     fn decide(&self, logits: &Tensor) -> occult_model::Result<RoutingBuf> {
@@ -73,7 +91,8 @@ impl TrainedExperts {
         };
         let view = routing.view().map_err(|e| failed(e.into()))?;
         let pruned = prune(&view, placement, *topology, rule, *budget, &self.router.rule().rule);
-        routing.expert_ids = pruned.map_err(|e| failed(e.into()))?.routing.expert_ids;
+        let pruned = pruned.map_err(|e| failed(e.into()))?.routing.expert_ids;
+        self.choices.put(std::mem::replace(&mut routing.expert_ids, pruned));
         Ok(routing)
     }
 }

@@ -10,14 +10,16 @@ mod write;
 pub use ranks::{CommGroup, ExpertRanks};
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use occult_model::hf::BalanceLoss;
 use occult_model::{
-    Decoder, ModelError, ModelFiles, ModelParameters, ModelSpec, Parameter, ParameterKind, Threads,
-    TrainBatch, TrainOptions, TrainOutput,
+    BalanceCounts, Decoder, ModelError, ModelFiles, ModelParameters, ModelSpec, Parameter, ParameterKind,
+    Threads, TrainBatch, TrainOptions, TrainOutput,
 };
 
+use crate::balance::update_bias;
 use crate::checkpoint::Kind;
 use crate::data::{Batch, IGNORE, PADDING};
 use crate::error::{Result, TrainError};
@@ -25,7 +27,7 @@ use crate::lora::Lora;
 use crate::random::hash_bytes;
 use crate::trainer::{BatchReport, ParameterInfo, TrainableModel, Visitor};
 use adapter::Adapter;
-use experts::TrainedExperts;
+use experts::{Choices, TrainedExperts};
 use in_place::in_place;
 
 /// What is trained.
@@ -58,6 +60,8 @@ pub struct ModelOptions {
     pub balance: BalanceLoss,
     /// Its coefficient; 0 for none.
     pub balance_coefficient: f64,
+    /// Rate of the bias on the routers' choices, which moves after every step against the load; 0 for none.
+    pub balance_bias: f32,
     /// Coefficient of the router's z-loss, a mean over tokens and layers; 0 for none.
     pub router_z_coefficient: f64,
     /// Coefficient of the z-loss of the output's softmax; 0 for none. The reported loss then contains it.
@@ -74,6 +78,7 @@ impl Default for ModelOptions {
             scope: Scope::All,
             balance: BalanceLoss::AllLayers,
             balance_coefficient: 0.01,
+            balance_bias: 0.0,
             router_z_coefficient: 0.0,
             z_coefficient: 0.0,
             recompute: false,
@@ -105,6 +110,14 @@ pub struct MoeModel {
     adapters: Vec<Adapter>,
     /// Whether gradients have been taken from the parameters since the last backward pass.
     collected: bool,
+    /// What the routers of each MoE layer chose before the limit.
+    choices: Vec<Choices>,
+    /// What drift is measured from: copies per token without the limit, of the placement's maker or of the first step.
+    reference: Option<f64>,
+    /// `[E]` of every MoE layer: added to the routers' probabilities for the choice.
+    bias: Option<Vec<Vec<f32>>>,
+    /// `[E]` of every MoE layer: tokens of this rank's step so far, where a bias follows them.
+    load: Vec<Vec<u64>>,
 }
 
 fn failed(what: &str) -> impl Fn(ModelError) -> TrainError + '_ {
@@ -129,7 +142,9 @@ impl MoeModel {
         let held = held(files.spec(), &ranks)?;
         let trains = |_: &str, kind| options.scope.trains(kind);
         let parameters = ModelParameters::read(files, Some(&|layer| held[layer].clone()), &trains);
-        Self::new(parameters.map_err(failed("reading the model"))?, files.threads(), ranks, options)
+        let parameters = parameters.map_err(failed("reading the model"))?;
+        let bias = files.selection_bias().map(<[_]>::to_vec);
+        Self::new(parameters, files.threads(), ranks, options, bias)
     }
 
     /// A model of random weights, the same for any number of ranks. `initializer_range`: their standard deviation.
@@ -145,7 +160,7 @@ impl MoeModel {
         let experts: &dyn Fn(usize) -> Vec<usize> = &|layer| held[layer].clone();
         let parameters =
             ModelParameters::random(spec, threads, options.seed, initializer_range, Some(experts), &trains);
-        Self::new(parameters.map_err(failed("making the model"))?, threads, ranks, options)
+        Self::new(parameters.map_err(failed("making the model"))?, threads, ranks, options, None)
     }
 
     fn new(
@@ -153,6 +168,7 @@ impl MoeModel {
         threads: &Threads,
         ranks: ExpertRanks,
         options: ModelOptions,
+        bias: Option<Vec<Vec<f32>>>,
     ) -> Result<Self> {
         let (mut infos, mut slots, mut adapters) = (vec![], vec![], vec![]);
         for (parameter, p) in parameters.iter().enumerate().filter(|(_, p)| p.is_trained()) {
@@ -175,8 +191,11 @@ impl MoeModel {
         if infos.is_empty() {
             return Err(TrainError::request("nothing of the model would be trained"));
         }
-        let decoder = decoder(&parameters, threads, &ranks, None)?;
-        let threads = threads.clone();
+        let choices: Vec<Choices> = ranks.layers().iter().map(|_| Choices::default()).collect();
+        let zeros = vec![vec![0.0; parameters.spec().moe.router.num_experts]; choices.len()];
+        let bias = if options.balance_bias > 0.0 { bias.or(Some(zeros)) } else { bias };
+        let decoder = decoder(&parameters, threads, &ranks, None, bias.as_deref(), &choices)?;
+        let (threads, reference) = (threads.clone(), ranks.promised_copies());
         Ok(Self {
             parameters,
             decoder,
@@ -188,6 +207,10 @@ impl MoeModel {
             slots,
             adapters,
             collected: false,
+            choices,
+            reference,
+            bias,
+            load: vec![],
         })
     }
 
@@ -212,11 +235,36 @@ impl MoeModel {
 
     /// Sets the most ranks a token visits; `None` for no limit.
     pub fn set_limit(&mut self, limit: Option<usize>) -> Result<()> {
-        if limit != self.limit {
-            self.decoder = decoder(&self.parameters, &self.threads, &self.ranks, limit)?;
-            self.limit = limit;
-        }
+        if std::mem::replace(&mut self.limit, limit) != limit { self.build() } else { Ok(()) }
+    }
+
+    /// The bias on the routers' choices, `[E]` of every MoE layer, if there is one.
+    pub fn selection_bias(&self) -> Option<&[Vec<f32>]> {
+        self.bias.as_deref()
+    }
+
+    /// Puts the layers together again: limit and bias are parts of them.
+    fn build(&mut self) -> Result<()> {
+        let Self { parameters, threads, ranks, limit, bias, choices, .. } = self;
+        self.decoder = decoder(parameters, threads, ranks, *limit, bias.as_deref(), choices)?;
         Ok(())
+    }
+
+    /// Moves the bias against the load of the step, that of all ranks.
+    fn follow_load(&mut self) -> Result<()> {
+        let (Some(bias), rate) = (&mut self.bias, self.options.balance_bias) else { return Ok(()) };
+        if rate <= 0.0 || self.load.is_empty() {
+            return Ok(());
+        }
+        let mut load: Vec<f64> = self.load.iter().flatten().map(|n| *n as f64).collect();
+        let sum = self.ranks.comm().all_reduce_sum_f64("tokens of experts", &mut load);
+        sum.map_err(|e| TrainError::model("adding tokens of experts", e))?;
+        let experts = self.load[0].len().max(1);
+        for (bias, load) in bias.iter_mut().zip(load.chunks_exact(experts)) {
+            let load: Vec<u64> = load.iter().map(|n| *n as u64).collect();
+            update_bias(bias, &load, rate)?;
+        }
+        self.build()
     }
 
     fn forward(&self, batch: &Batch) -> Result<TrainOutput> {
@@ -230,41 +278,64 @@ impl MoeModel {
         self.decoder.forward_train(batch, options).map_err(failed("forward pass"))
     }
 
-    /// The loss to go backward from, and the values of its auxiliary parts.
+    /// The loss to go backward from, and the values of its auxiliary parts. Auxiliary losses are means over the tokens that
+    /// all ranks compute at once: every rank goes backward from its part, and the parts add up to the loss of one rank that
+    /// computes them all.
     fn total_loss(
         &self,
         out: &TrainOutput,
         batch: &Batch,
         is_token: Option<&[bool]>,
         scale: f64,
-    ) -> candle_core::Result<(Tensor, Vec<(&'static str, f64)>)> {
-        let mut total = (&out.loss * scale)?;
+    ) -> Result<(Tensor, Vec<(&'static str, f64)>)> {
+        let tensor = |e: candle_core::Error| TrainError::model("loss", e);
+        let mut total = (&out.loss * scale).map_err(tensor)?;
         let mut parts = vec![];
-        // Auxiliary losses are means: they count by the batch's share of the targets of the step.
-        let share = out.num_targets as f64 * scale;
         let ModelOptions { balance, balance_coefficient, router_z_coefficient, .. } = self.options;
-        if balance_coefficient > 0.0 && !out.router_logits.is_empty() {
-            let loss = out.balance_loss(balance, batch.num_sequences, is_token);
-            let loss = loss.map_err(candle_core::Error::wrap)?;
-            parts.push(("aux_loss", f64::from(loss.to_scalar::<f32>()?)));
-            total = (total + (loss * (share * balance_coefficient))?)?;
+        let wanted = balance_coefficient > 0.0 || router_z_coefficient > 0.0;
+        if !wanted || out.router_logits.is_empty() {
+            return Ok((total, parts));
         }
-        if router_z_coefficient > 0.0 && !out.router_logits.is_empty() {
-            let mut sum = None;
-            for logits in &out.router_logits {
+        let own = out.balance_counts(batch.num_sequences, is_token).map_err(failed("counting choices"))?;
+        let (all, num_targets) = self.over_ranks(&own, out.num_targets)?;
+        // They count by the share of these batches in the targets of the step.
+        let share = num_targets * scale;
+        let of_own = if own.tokens > 0.0 { all.tokens / own.tokens } else { 0.0 };
+        let mut add = |name, part: Tensor, coefficient: f64| {
+            // Figures of ranks are averaged by their tokens.
+            parts.push((name, f64::from(part.to_scalar::<f32>()?) * of_own));
+            total = (&total + (part * (share * coefficient))?)?;
+            Ok::<_, candle_core::Error>(())
+        };
+        if balance_coefficient > 0.0 {
+            let part = out.balance_loss_part(balance, batch.num_sequences, is_token, &own, &all);
+            add("aux_loss", part.map_err(failed("balance loss"))?, balance_coefficient).map_err(tensor)?;
+        }
+        if router_z_coefficient > 0.0 {
+            let part = out.router_logits.iter().try_fold(None::<Tensor>, |sum, logits| {
                 let loss = occult_model::router_z_loss(logits, is_token)?;
-                sum = Some(match sum {
+                Ok::<_, candle_core::Error>(Some(match sum {
                     None => loss,
                     Some(sum) => (sum + loss)?,
-                });
-            }
-            if let Some(sum) = sum {
-                let mean = (sum / out.router_logits.len() as f64)?;
-                parts.push(("router_z_loss", f64::from(mean.to_scalar::<f32>()?)));
-                total = (total + (mean * (share * router_z_coefficient))?)?;
+                }))
+            });
+            let weight = own.tokens / all.tokens.max(1.0) / out.router_logits.len() as f64;
+            if let Some(part) = part.map_err(tensor)? {
+                let part = (part * weight).map_err(tensor)?;
+                add("router_z_loss", part, router_z_coefficient).map_err(tensor)?;
             }
         }
         Ok((total, parts))
+    }
+
+    /// Counts and targets of all ranks' batches. Whole numbers: the sum is exact.
+    fn over_ranks(&self, own: &BalanceCounts, num_targets: usize) -> Result<(BalanceCounts, f64)> {
+        let mut values = own.choices.clone();
+        values.extend([own.tokens, own.sequences, num_targets as f64]);
+        let sum = self.ranks.comm().all_reduce_sum_f64("choices of all ranks", &mut values);
+        sum.map_err(|e| TrainError::model("adding choices", e))?;
+        let rest = values.split_off(own.choices.len());
+        Ok((BalanceCounts { choices: values, tokens: rest[0], sequences: rest[1] }, rest[2]))
     }
 
     /// Takes the gradients of all backward passes since the last time.
@@ -331,16 +402,23 @@ fn decoder(
     threads: &Threads,
     ranks: &ExpertRanks,
     limit: Option<usize>,
+    bias: Option<&[Vec<f32>]>,
+    choices: &[Choices],
 ) -> Result<Decoder> {
     let unlimited = limit.is_none_or(|n| n >= ranks.topology().num_ranks());
-    if ranks.comm().world_size() == 1 && unlimited {
+    if ranks.comm().world_size() == 1 && unlimited && bias.is_none() {
         return parameters.decoder().map_err(failed("building the model"));
     }
     let mut moe_layer = 0;
     let mut wrong = None;
     let built = parameters.decoder_with(&mut |parameters, number| {
+        let at = moe_layer;
         moe_layer += 1;
-        match TrainedExperts::new(parameters, number, moe_layer - 1, ranks, threads, limit) {
+        let mut router = parameters.router(number)?;
+        if let Some(bias) = bias {
+            router = router.with_selection_bias(&bias[at])?;
+        }
+        match TrainedExperts::new(parameters, (number, at), router, ranks, threads, limit, &choices[at]) {
             Ok(layer) => Ok(Box::new(layer)),
             Err(e) => {
                 let message = e.to_string();
@@ -363,7 +441,7 @@ fn stand_in() -> Batch {
         tokens: vec![0],
         targets: vec![IGNORE],
         positions: vec![0],
-        segments: vec![0],
+        segments: vec![PADDING],
     }
 }
 
@@ -423,6 +501,7 @@ impl TrainableModel for MoeModel {
             }
         }
         self.collected = false;
+        self.load.clear();
         Ok(())
     }
 
@@ -439,9 +518,17 @@ impl TrainableModel for MoeModel {
         let out = self.forward(batch)?;
         let tensor = |e| TrainError::model("loss", e);
         let loss_sum = f64::from(out.loss.to_scalar::<f32>().map_err(tensor)?);
-        let (total, parts) = self.total_loss(&out, batch, is_token.as_deref(), scale).map_err(tensor)?;
-        let mut report = BatchReport { loss_sum, figures: Default::default() };
-        figures::routing(&out.routing, &self.ranks, is_token.as_deref(), &mut report.figures)?;
+        let (total, parts) = self.total_loss(&out, batch, is_token.as_deref(), scale)?;
+        let mut report = BatchReport { loss_sum, ..BatchReport::default() };
+        let chosen: Vec<_> = self.choices.iter().map(Choices::take).collect();
+        let (ranks, mask) = (&self.ranks, is_token.as_deref());
+        let (tokens, load) = figures::routing(&out.routing, &chosen, ranks, mask, &mut report.figures)?;
+        report.weight = tokens as f64;
+        self.load.resize(load.len(), vec![]);
+        for (sum, load) in self.load.iter_mut().zip(load) {
+            sum.resize(load.len(), 0);
+            sum.iter_mut().zip(load).for_each(|(sum, n)| *sum += n);
+        }
         report.figures.extend(parts.into_iter().map(|(name, value)| (name.to_owned(), value)));
         let TrainOutput { loss, router_logits, .. } = out;
         drop((loss, router_logits));
@@ -463,6 +550,32 @@ impl TrainableModel for MoeModel {
         out.loss.to_scalar::<f32>().map(f64::from).map_err(|e| TrainError::model("loss", e))
     }
 
+    fn complete(&mut self, figures: &mut BTreeMap<String, f64>) {
+        let Some(&now) = figures.get(figures::UNLIMITED) else { return };
+        // Six decimals are the same number after a checkpoint's JSON.
+        let first = *self.reference.get_or_insert((now * 1e6).round() / 1e6);
+        figures.insert(figures::DRIFT.into(), now / first);
+    }
+
+    fn extra(&self) -> serde_json::Value {
+        serde_json::json!({ "drift_from": self.reference, "selection_bias": self.bias })
+    }
+
+    fn restore_extra(&mut self, extra: &serde_json::Value) -> Result<()> {
+        self.reference = extra["drift_from"].as_f64().or(self.reference);
+        let Ok(Some(bias)) = serde_json::from_value::<Option<Vec<Vec<f32>>>>(extra["selection_bias"].clone())
+        else {
+            return Ok(());
+        };
+        let (layers, experts) = (self.choices.len(), self.parameters.spec().moe.router.num_experts);
+        if bias.len() != layers || bias.iter().any(|b| b.len() != experts) {
+            let message = format!("the checkpoint's selection bias: expected {layers} layers of {experts}");
+            return Err(TrainError::request(message));
+        }
+        self.bias = Some(bias);
+        self.build()
+    }
+
     fn begin_step(&mut self, _: u64, limit: Option<usize>) -> Result<()> {
         self.set_limit(limit)
     }
@@ -473,6 +586,6 @@ impl TrainableModel for MoeModel {
                 *gradient = None;
             }
         }
-        Ok(())
+        self.follow_load()
     }
 }

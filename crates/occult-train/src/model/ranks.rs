@@ -20,6 +20,7 @@ pub struct ExpertRanks {
     layers: Vec<LayerPlacement>,
     rule: PruneRule,
     keep_mass: Option<f64>,
+    promised_copies: Option<f64>,
 }
 
 impl ExpertRanks {
@@ -58,12 +59,21 @@ impl ExpertRanks {
             let found = layer.num_ranks();
             return Err(TrainError::request(format!("a layer placed over {found} ranks, not {ranks}")));
         }
-        Ok(Self { comm, topology, layers, rule, keep_mass: None })
+        Ok(Self { comm, topology, layers, rule, keep_mass: None, promised_copies: None })
     }
 
     /// Adaptive: per token the fewest ranks, up to the limit, that keep this share of its routing mass.
     pub fn with_keep_mass(self, keep_mass: Option<f64>) -> Self {
         Self { keep_mass, ..self }
+    }
+
+    /// Copies per token that the placement's maker measured: what drift is measured from, instead of the first step.
+    pub fn with_promised_copies(self, promised_copies: Option<f64>) -> Self {
+        Self { promised_copies: promised_copies.filter(|c| *c > 0.0 && c.is_finite()), ..self }
+    }
+
+    pub(super) fn promised_copies(&self) -> Option<f64> {
+        self.promised_copies
     }
 
     /// Errors when some set of `max_ranks` ranks cannot give a token all its experts, or when a router that is limited to

@@ -29,6 +29,8 @@ pub struct BatchReport {
     pub loss_sum: f64,
     /// Other figures of this rank; the same names on every rank.
     pub figures: BTreeMap<String, f64>,
+    /// Tokens behind these figures: what they count by where batches and ranks are averaged. 0 for a batch of none.
+    pub weight: f64,
 }
 
 /// Sees a parameter: its index, master weights and gradient.
@@ -61,6 +63,10 @@ pub trait TrainableModel {
     fn begin_step(&mut self, step: u64, limit: Option<usize>) -> Result<()> {
         let _ = (step, limit);
         Ok(())
+    }
+    /// Adds to the figures of a step, which are means over batches and ranks, what follows from them.
+    fn complete(&mut self, figures: &mut BTreeMap<String, f64>) {
+        let _ = figures;
     }
     /// After the weights have changed: balancing biases and the like.
     fn end_step(&mut self) -> Result<()> {

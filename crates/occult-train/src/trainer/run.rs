@@ -268,11 +268,13 @@ impl<'a> Trainer<'a> {
                 other => other,
             })?;
             total.loss_sum += report.loss_sum;
+            total.weight += report.weight;
             for (name, value) in report.figures {
-                *total.figures.entry(name).or_default() += value;
+                *total.figures.entry(name).or_default() += value * report.weight;
             }
         }
-        let (squared, loss) = self.reduce(&mut total, pieces)?;
+        let (squared, loss) = self.reduce(&mut total)?;
+        self.model.complete(&mut total.figures);
         let loss = loss / targets.max(1.0);
 
         let lr = self.options.schedule.rate(step);
@@ -331,7 +333,7 @@ impl<'a> Trainer<'a> {
     }
 
     /// Sums gradients, losses and figures over ranks; returns the squared norm of all gradients and the sum of losses.
-    fn reduce(&mut self, total: &mut BatchReport, pieces: usize) -> Result<(f64, f64)> {
+    fn reduce(&mut self, total: &mut BatchReport) -> Result<(f64, f64)> {
         let kinds: Vec<bool> = self.model.parameters().iter().map(|p| p.kind == Kind::Replicated).collect();
         let (mut replicated, mut sharded) = (0.0, 0.0);
         let group = self.group;
@@ -344,12 +346,14 @@ impl<'a> Trainer<'a> {
             }
             Ok(())
         })?;
-        let mut sums = vec![total.loss_sum, sharded];
+        let mut sums = vec![total.loss_sum, sharded, total.weight];
         sums.extend(total.figures.values());
         group.sum_f64(&mut sums)?;
-        let parts = (pieces * group.world_size()) as f64;
-        for (value, sum) in total.figures.values_mut().zip(&sums[2..]) {
-            *value = sum / parts;
+        if sums[2] == 0.0 {
+            total.figures.clear();
+        }
+        for (value, sum) in total.figures.values_mut().zip(&sums[3..]) {
+            *value = sum / sums[2];
         }
         Ok((replicated + sums[1], sums[0]))
     }

@@ -88,7 +88,7 @@ impl TrainableModel for Bigram {
         }
         self.group.sum_f32(&mut experts)?;
         let mut d_experts = vec![0f32; E * V];
-        let mut report = BatchReport::default();
+        let mut report = BatchReport { weight: 1.0, ..BatchReport::default() };
         for (&token, &target) in batch.tokens.iter().zip(&batch.targets).filter(|(_, t)| **t != IGNORE) {
             let (token, target) = (token as usize, target as usize);
             let logit = |v: usize| f64::from(self.weights[0][token * V + v] + experts[token % E * V + v]);

@@ -1,10 +1,11 @@
 // The page, in the order in which a newcomer needs it.
 const report = document.getElementById("report");
 const sections = [methodsTable, coactivationSection, layersSection, loadSection, pairsSection, frontierSection, pruningSection,
-  predictionsSection, subgraphsSection, glossary, provenance];
+  predictionsSection, subgraphsSection, trainingSection, glossary, provenance];
 for (const build of [opening, ...sections]) {
   try {
-    report.append(build());
+    const part = build();
+    if (part) report.append(part);
   } catch (error) {
     showError(error);
   }

@@ -115,7 +115,8 @@ function glossary() {
     ["Lower bound", "No placement needs fewer copies on these tokens. The distance to it says how much could still be won."],
     ["Pruning", "Limits how many ranks a token may visit by replacing far experts with near ones. This changes the model slightly; placement alone never does."],
     ["Dispatch, combine", "Sending token rows to the ranks of their experts, and bringing the results back."],
-  ];
+    data.training ? ["Drift", "Copies per token of the router's own choices, over what the placement had when training began or promised. Above 1 the router has moved away from the placement."] : null,
+  ].filter(Boolean);
   return section("glossary", "How to read this", null, el("dl", { class: "glossary" }, words.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, text)))));
 }
 

@@ -4,8 +4,16 @@ use candle_core::{D, Device, Result, Tensor, bail};
 
 use super::ABSENT;
 
-/// How often each expert was chosen by the tokens that count.
-fn count(expert_ids: &[u32], top_k: usize, num_experts: usize, mask: Option<&[bool]>) -> Result<Vec<f64>> {
+/// How often each of E experts was chosen by the tokens that count (`mask` `[T]`, all if `None`): ids `[T, K]`.
+///
+/// # Errors
+/// Ids outside E.
+pub fn expert_counts(
+    expert_ids: &[u32],
+    top_k: usize,
+    num_experts: usize,
+    mask: Option<&[bool]>,
+) -> Result<Vec<f64>> {
     let mut counts = vec![0.0; num_experts];
     for (token, ids) in expert_ids.chunks_exact(top_k).enumerate() {
         if mask.is_some_and(|mask| !mask[token]) {
@@ -64,7 +72,7 @@ pub fn load_balancing_loss(
     let (mut total, mut counts) = (0.0, Vec::new());
     for (scores, ids) in scores.iter().zip(expert_ids) {
         let (tokens, experts) = check(scores, ids, top_k, mask)?;
-        let of_layer = count(ids, top_k, experts, mask)?;
+        let of_layer = expert_counts(ids, top_k, experts, mask)?;
         if counts.is_empty() {
             counts = vec![0.0; experts];
         }
@@ -74,6 +82,21 @@ pub fn load_balancing_loss(
         counts.iter_mut().zip(of_layer).for_each(|(sum, n)| *sum += n);
         total += mask.map_or(tokens, |mask| mask.iter().filter(|&&m| m).count()) as f64;
     }
+    load_balancing_part(scores, &counts, total, mask)
+}
+
+/// What these tokens add to [`load_balancing_loss`] of more tokens, of which they are a part: those of other ranks and
+/// theirs together chose expert e `counts[e]` times and are `total` in number, every layer counted by itself. The parts of all
+/// tokens add up to the loss.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn load_balancing_part(
+    scores: &[Tensor],
+    counts: &[f64],
+    total: f64,
+    mask: Option<&[bool]>,
+) -> Result<Tensor> {
     if total == 0.0 {
         return zero();
     }
@@ -137,7 +160,7 @@ pub fn sequence_balance_loss(
             continue;
         }
         sequences += 1;
-        let counts = count(&expert_ids[own.start * top_k..own.end * top_k], top_k, experts, mask)?;
+        let counts = expert_counts(&expert_ids[own.start * top_k..own.end * top_k], top_k, experts, mask)?;
         for token in own.clone().filter(|t| mask.is_none_or(|mask| mask[t - own.start])) {
             for (f, n) in factors[token * experts..][..experts].iter_mut().zip(&counts) {
                 *f = (experts as f64 * n / (counted * top_k as f64) / counted) as f32;

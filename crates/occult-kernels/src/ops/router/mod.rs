@@ -14,7 +14,10 @@ mod weights;
 use candle_core::{Result, Tensor};
 
 pub use group::Grouped;
-pub use loss::{expert_balance_loss, load_balancing_loss, router_z_loss, sequence_balance_loss};
+pub use loss::{
+    expert_balance_loss, expert_counts, load_balancing_loss, load_balancing_part, router_z_loss,
+    sequence_balance_loss,
+};
 pub use reference::routing_weights as reference;
 pub use scores::{Scoring, router_scores};
 pub use select::{GroupScore, Groups, Selection, select_experts};

@@ -1,5 +1,7 @@
 //! The real model under the trainer: ranks, limits, low-rank updates, gradients, writing back.
 
+mod balance;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +13,7 @@ use occult_model::{LoadOptions, ModelFiles, ParameterKind, StoredDtype, Threads}
 use occult_moe::PruneRule;
 use occult_plan::{ExpertId, LayerPlacement, Topology};
 use occult_train::TrainError;
-use occult_train::checkpoint::{DiskFiles, latest};
+use occult_train::checkpoint::{DiskFiles, Kind, latest};
 use occult_train::data::*;
 use occult_train::lora::Lora;
 use occult_train::model::*;
@@ -57,7 +59,8 @@ fn model(case: &str, comm: Arc<dyn Communicator>, options: ModelOptions) -> MoeM
 }
 
 fn plain() -> ModelOptions {
-    // Balance losses of a batch are not the mean of those of its parts: left out where ranks are compared.
+    // A balancing loss is that of the sequences computed at once, which here are others on other numbers of ranks: `balance`
+    // has its tests.
     ModelOptions { balance_coefficient: 0.0, router_z_coefficient: 0.01, ..ModelOptions::default() }
 }
 
@@ -169,6 +172,34 @@ fn a_limit_falls_to_its_target_and_is_kept() {
     assert!(copies[..2].iter().all(|c| *c > 2.0), "{copies:?}");
     assert!(copies[4..].iter().all(|c| *c <= 2.0), "{copies:?}");
     assert_ne!(free.0, limited.0);
+}
+
+#[test]
+fn drift_is_what_the_routers_would_need_over_what_they_needed_at_first() {
+    let figures = |limit, promised| {
+        let mut model = {
+            let ranks = ranks("olmoe", alone()).with_promised_copies(promised);
+            MoeModel::read(&files("olmoe"), ranks, plain()).expect("model")
+        };
+        let (loader, dir) = (loader(), tempfile::tempdir().expect("directory"));
+        let mut entries = vec![];
+        Trainer::new(&mut model, &loader, &Solo, options(limit), dir.path(), &DiskFiles, false)
+            .and_then(|mut t| t.run(&AtomicBool::new(false), &mut |e| entries.push(e.figures.clone())))
+            .expect("trained");
+        entries
+    };
+    let free = figures(None, None);
+    assert!((free[0]["C_T_drift"] - 1.0).abs() < 1e-6);
+    for f in &free {
+        assert_eq!(f["C_T"], f["C_T_unlimited"]);
+        assert!((f["C_T_drift"] - f["C_T"] / free[0]["C_T"]).abs() < 1e-5);
+    }
+    let limited = figures(Some(2), Some(2.0));
+    for f in &limited[4..] {
+        // The limit holds what is sent at 2; the routers' own choices are not touched by it.
+        assert!(f["C_T"] <= 2.0 && f["C_T_unlimited"] > 2.0, "{f:?}");
+        assert_eq!(f["C_T_drift"], f["C_T_unlimited"] / 2.0);
+    }
 }
 
 #[test]
