@@ -182,6 +182,10 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_parser = positive, value_name = "SHARE", requires = "max_ranks")]
     pub(crate) keep_mass: Option<f64>,
 
+    /// At every checkpoint, search a placement for what the routers chose in the last step, and go on with it when it saves
+    /// this share of the copies per token on held-out tokens of that step
+    #[arg(long, value_parser = share, value_name = "SHARE")]
+    pub(crate) replace_placement: Option<f64>,
     /// Steps between checkpoints
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u64).range(1..), value_name = "N")]
     pub(crate) checkpoint_every: u64,
@@ -217,7 +221,11 @@ impl TrainArgs {
         let text =
             format!("{trained:?} {lora:?} {router_z_loss} {z_loss} {placement:?} {rule:?} {keep_mass:?}");
         // Only where there is one: runs that began before there was this option go on.
-        self.balance_bias.map_or(text.clone(), |rate| format!("{text} bias {rate}"))
+        let bias = self.balance_bias.map_or_else(String::new, |rate| format!(" bias {rate}"));
+        let every = self.checkpoint_every;
+        let replace =
+            self.replace_placement.map_or_else(String::new, |s| format!(" replace {s} every {every}"));
+        text + &bias + &replace
     }
 }
 

@@ -33,7 +33,8 @@ pub struct Entry {
     /// What the model reports, means over the tokens of all micro-batches and ranks: "C_T" (ranks a token visits),
     /// "C_T_unlimited" (those it would visit without the limit), "C_T_drift" (the latter over what the placement had at the
     /// first step, or promised), "rank_load", "balancedness", "aux_loss", "router_z_loss"; "val_loss" and "val_loss/NAME"
-    /// where held-out data were measured.
+    /// where held-out data were measured; "C_T_held_out", "C_T_searched" and "replaced" (1 or 0) where another placement was
+    /// looked for.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub figures: BTreeMap<String, f64>,
 }

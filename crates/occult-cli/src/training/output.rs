@@ -37,7 +37,7 @@ pub(crate) fn limit(to: &Path, model: &MoeModel, args: &TrainArgs) -> Result<()>
     const PLACEMENT: &str = "placement.json";
     let (ranks, spec) = (model.ranks(), model.model().spec());
     let selection_bias = model.selection_bias().map(<[_]>::to_vec);
-    if args.placement.is_none() && args.max_ranks.is_none() {
+    if args.placement.is_none() && args.max_ranks.is_none() && !model.was_replaced() {
         if let Some(bias) = selection_bias {
             return Ok(LimitFile::of_bias(bias).write(to)?);
         }
@@ -45,12 +45,12 @@ pub(crate) fn limit(to: &Path, model: &MoeModel, args: &TrainArgs) -> Result<()>
         return if old.is_file() { fs::remove_file(&old).context("removing an old limit") } else { Ok(()) };
     }
     let file = match &args.placement {
-        Some(path) => PlacementFile::read(path)?,
-        None => {
+        Some(path) if !model.was_replaced() => PlacementFile::read(path)?,
+        _ => {
             let meta = PlacementMeta {
                 layer_ids: spec.moe_layers().map(|l| l as u32).collect(),
                 num_hidden_layers: Some(spec.layers.len() as u32),
-                method: "contiguous".into(),
+                method: if model.was_replaced() { "search while training" } else { "contiguous" }.into(),
                 ..PlacementMeta::default()
             };
             PlacementFile::new(meta, Placement::new(ranks.topology(), ranks.layers().to_vec())?)?

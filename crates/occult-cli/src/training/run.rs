@@ -15,7 +15,7 @@ use occult_train::checkpoint::DiskFiles;
 use occult_train::data::Loader;
 use occult_train::log::Entry;
 use occult_train::lora::Lora;
-use occult_train::model::{CommGroup, ExpertRanks, ModelOptions, MoeModel, Scope};
+use occult_train::model::{CommGroup, ExpertRanks, ModelOptions, MoeModel, Replacement, Scope};
 use occult_train::optim::AdamW;
 use occult_train::schedule::{LimitSchedule, Schedule};
 use occult_train::trainer::{Guard, Options, Outcome, Trainer, Validation};
@@ -209,19 +209,24 @@ fn train(
     let sharing = here.iter().filter(|host| **host == here[comm.rank()]).count();
     let threads = Threads::new((setup::threads(args.threads) / sharing).max(1));
     let spinner = progress::spinner("making the model");
-    let (mut model, layout, dtype) = match start {
+    type Make = Box<dyn Fn(ExpertRanks) -> occult_train::Result<MoeModel>>;
+    let (make, layout, dtype): (Make, _, _) = match start {
         Start::Random(_) => {
-            let range = defaults.initializer_range;
-            let model = MoeModel::random(spec, &threads, range, ranks, how)?;
-            (model, ExpertLayout::PerExpert, StoredDtype::Bf16)
+            let (spec, threads, range) = (spec.clone(), threads.clone(), defaults.initializer_range);
+            let make = move |ranks| MoeModel::random(&spec, &threads, range, ranks, how);
+            (Box::new(make), ExpertLayout::PerExpert, StoredDtype::Bf16)
         }
         Start::Model(dir) => {
             let files = crate::model::open(dir, LoadOptions { dtype: None, threads: Some(threads.clone()) })?;
             let layout = files.names().layout;
             let dtype = stored_dtype(&files);
-            (MoeModel::read(&files, ranks, how)?, layout, dtype)
+            (Box::new(move |ranks| MoeModel::read(&files, ranks, how)), layout, dtype)
         }
     };
+    let mut model = make(ranks)?;
+    if let Some(share) = args.replace_placement {
+        model = model.with_replacement(Replacement::new(share, args.max_ranks, make));
+    }
     spinner.finish_and_clear();
     let dtype = args.dtype.map_or(dtype, |d| d.stored());
 
@@ -269,7 +274,7 @@ fn train(
         return print_json(&json!({
             "model": args.output, "finished": finished, "step": state.step, "tokens": state.tokens,
             "loss": last.as_ref().and_then(|e| e.loss), "val_loss": last.as_ref().and_then(val),
-            "checkpoint": checkpoint, "seconds": took,
+            "checkpoint": checkpoint, "placement_replaced": model.was_replaced(), "seconds": took,
         }));
     }
     let loss = last.as_ref().and_then(|e| e.loss).map_or_else(String::new, |l| format!(", loss {l:.4}"));
@@ -299,6 +304,15 @@ fn show(bar: &ProgressBar, entry: &Entry) {
         if let Some(value) = entry.figures.get(name) {
             text += &format!("  {label} {value:.2}");
         }
+    }
+    if entry.figures.get("replaced") == Some(&1.0) {
+        let copies = |name| entry.figures.get(name).copied().unwrap_or_default();
+        bar.println(format!(
+            "step {}: experts move; {:.2} copies per token on held-out routing instead of {:.2}",
+            entry.step,
+            copies("C_T_searched"),
+            copies("C_T_held_out")
+        ));
     }
     bar.set_message(text);
     bar.set_position(entry.step);

@@ -5,9 +5,11 @@ mod experts;
 mod figures;
 mod in_place;
 mod ranks;
+mod replace;
 mod write;
 
 pub use ranks::{CommGroup, ExpertRanks};
+pub use replace::Replacement;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,6 +20,7 @@ use occult_model::{
     BalanceCounts, Decoder, ModelError, ModelFiles, ModelParameters, ModelSpec, Parameter, ParameterKind,
     Threads, TrainBatch, TrainOptions, TrainOutput,
 };
+use occult_plan::{ExpertId, RoutingBuf};
 
 use crate::balance::update_bias;
 use crate::checkpoint::Kind;
@@ -29,6 +32,7 @@ use crate::trainer::{BatchReport, ParameterInfo, TrainableModel, Visitor};
 use adapter::Adapter;
 use experts::{Choices, TrainedExperts};
 use in_place::in_place;
+use replace::Next;
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -118,6 +122,12 @@ pub struct MoeModel {
     bias: Option<Vec<Vec<f32>>>,
     /// `[E]` of every MoE layer: tokens of this rank's step so far, where a bias follows them.
     load: Vec<Vec<u64>>,
+    /// Whether and how another placement is taken.
+    replacement: Option<Replacement>,
+    replaced: bool,
+    next: Option<Next>,
+    /// Of every MoE layer what this rank's tokens of the step chose, `[T, K]`, where another placement can be taken.
+    sample: Vec<Vec<ExpertId>>,
 }
 
 fn failed(what: &str) -> impl Fn(ModelError) -> TrainError + '_ {
@@ -211,6 +221,10 @@ impl MoeModel {
             reference,
             bias,
             load: vec![],
+            replacement: None,
+            replaced: false,
+            next: None,
+            sample: vec![],
         })
     }
 
@@ -248,6 +262,25 @@ impl MoeModel {
         let Self { parameters, threads, ranks, limit, bias, choices, .. } = self;
         self.decoder = decoder(parameters, threads, ranks, *limit, bias.as_deref(), choices)?;
         Ok(())
+    }
+
+    /// Keeps what the tokens of a batch chose without the limit.
+    fn keep_sample(
+        &mut self,
+        routing: &[RoutingBuf],
+        chosen: &[Option<Vec<ExpertId>>],
+        is_token: Option<&[bool]>,
+    ) {
+        if self.replacement.is_none() {
+            return;
+        }
+        self.sample.resize(routing.len(), vec![]);
+        for ((sample, routing), chosen) in self.sample.iter_mut().zip(routing).zip(chosen) {
+            let ids = chosen.as_ref().unwrap_or(&routing.expert_ids);
+            let rows = ids.chunks_exact(routing.top_k.max(1)).enumerate();
+            let is_token = |t: usize| is_token.is_none_or(|m| m.get(t).copied().unwrap_or(true));
+            rows.filter(|(t, _)| is_token(*t)).for_each(|(_, row)| sample.extend_from_slice(row));
+        }
     }
 
     /// Moves the bias against the load of the step, that of all ranks.
@@ -502,6 +535,7 @@ impl TrainableModel for MoeModel {
         }
         self.collected = false;
         self.load.clear();
+        self.sample.clear();
         Ok(())
     }
 
@@ -524,6 +558,7 @@ impl TrainableModel for MoeModel {
         let (ranks, mask) = (&self.ranks, is_token.as_deref());
         let (tokens, load) = figures::routing(&out.routing, &chosen, ranks, mask, &mut report.figures)?;
         report.weight = tokens as f64;
+        self.keep_sample(&out.routing, &chosen, mask);
         self.load.resize(load.len(), vec![]);
         for (sum, load) in self.load.iter_mut().zip(load) {
             sum.resize(load.len(), 0);
@@ -558,11 +593,15 @@ impl TrainableModel for MoeModel {
     }
 
     fn extra(&self) -> serde_json::Value {
-        serde_json::json!({ "drift_from": self.reference, "selection_bias": self.bias })
+        // The placement that the run goes on with from here, where it is not the one it began with.
+        let current = self.replaced.then(|| self.ranks.layers());
+        let placement = self.next.as_ref().map(|n| n.layers.as_slice()).or(current).map(replace::table);
+        serde_json::json!({ "drift_from": self.reference, "selection_bias": self.bias, "placement": placement })
     }
 
     fn restore_extra(&mut self, extra: &serde_json::Value) -> Result<()> {
         self.reference = extra["drift_from"].as_f64().or(self.reference);
+        self.restore_placement(extra)?;
         let Ok(Some(bias)) = serde_json::from_value::<Option<Vec<Vec<f32>>>>(extra["selection_bias"].clone())
         else {
             return Ok(());
@@ -574,6 +613,18 @@ impl TrainableModel for MoeModel {
         }
         self.bias = Some(bias);
         self.build()
+    }
+
+    fn at_checkpoint(&mut self, figures: &mut BTreeMap<String, f64>) -> Result<()> {
+        self.look_for_placement(figures)
+    }
+
+    fn remake(&mut self) -> Result<bool> {
+        self.remake_placed()
+    }
+
+    fn remade(&mut self) -> Result<()> {
+        self.check_remade()
     }
 
     fn begin_step(&mut self, _: u64, limit: Option<usize>) -> Result<()> {

@@ -94,6 +94,11 @@ impl ExpertRanks {
         Ok(())
     }
 
+    /// The same ranks with other homes of the experts.
+    pub(super) fn with_layers(&self, layers: Vec<LayerPlacement>) -> Self {
+        Self { layers, ..self.clone() }
+    }
+
     /// The ranks that compute.
     pub fn comm(&self) -> &Arc<dyn Communicator> {
         &self.comm

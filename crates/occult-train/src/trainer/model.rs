@@ -72,6 +72,21 @@ pub trait TrainableModel {
     fn end_step(&mut self) -> Result<()> {
         Ok(())
     }
+    /// After a step at whose end a checkpoint is written: whatever the model changes there. Adds to the figures of the step.
+    fn at_checkpoint(&mut self, figures: &mut BTreeMap<String, f64>) -> Result<()> {
+        let _ = figures;
+        Ok(())
+    }
+    /// Whether the model has made itself anew, because of [`at_checkpoint`](Self::at_checkpoint) or of what
+    /// [`restore_extra`](Self::restore_extra) has found: its parameters can then be other experts' than before, and wait for
+    /// the weights of the checkpoint. [`remade`](Self::remade) is called when they have them.
+    fn remake(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+    /// After [`remake`](Self::remake) and the weights: checks that the model is the same.
+    fn remade(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// What else must be saved, the same on every rank.
     fn extra(&self) -> serde_json::Value {
         serde_json::Value::Null

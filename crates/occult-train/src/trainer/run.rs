@@ -211,6 +211,25 @@ impl<'a> Trainer<'a> {
     fn restore(&mut self, path: &Path) -> Result<()> {
         let mut checkpoint = Checkpoint::open(path)?;
         checkpoint.check(&self.state.model, &self.state.config)?;
+        self.read_weights(&mut checkpoint)?;
+        self.state = checkpoint.state().clone();
+        self.model.restore_extra(&self.state.extra)?;
+        self.remake(path)
+    }
+
+    /// Lets the model make itself anew where it wants to, and gives it the weights of the checkpoint of this moment.
+    fn remake(&mut self, path: &Path) -> Result<()> {
+        if !self.model.remake()? {
+            return Ok(());
+        }
+        self.moments =
+            self.model.parameters().iter().map(|p| Moments::new(p.shape.iter().product())).collect();
+        let read = Checkpoint::open(path).and_then(|mut checkpoint| self.read_weights(&mut checkpoint));
+        self.agree("reading a checkpoint for another placement", read)?;
+        self.model.remade()
+    }
+
+    fn read_weights(&mut self, checkpoint: &mut Checkpoint) -> Result<()> {
         let infos = self.model.parameters().to_vec();
         let moments = &mut self.moments;
         self.model.visit(&mut |i, weights, _| {
@@ -219,9 +238,13 @@ impl<'a> Trainer<'a> {
             weights.copy_from_slice(&w);
             moments[i] = Moments { mean, square };
             Ok(())
-        })?;
-        self.state = checkpoint.state().clone();
-        self.model.restore_extra(&self.state.extra)
+        })
+    }
+
+    /// Whether a checkpoint is due after the steps taken, other than the last one.
+    fn is_due(&self) -> bool {
+        let step = self.state.step;
+        step.is_multiple_of(self.options.checkpoint_every) && step < self.options.schedule.steps
     }
 
     /// Where the run stands.
@@ -315,6 +338,9 @@ impl<'a> Trainer<'a> {
         });
         if due {
             total.figures.extend(self.evaluate()?);
+        }
+        if self.is_due() && !skipped {
+            self.model.at_checkpoint(&mut total.figures)?;
         }
         let entry = Entry {
             step: self.state.step,
@@ -416,9 +442,9 @@ impl<'a> Trainer<'a> {
             }
             let entry = self.step()?;
             each(&entry);
-            let step = self.state.step;
-            if step.is_multiple_of(self.options.checkpoint_every) && step < self.options.schedule.steps {
-                self.save()?;
+            if self.is_due() {
+                let path = self.save()?;
+                self.remake(&path)?;
             }
         }
     }

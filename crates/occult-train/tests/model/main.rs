@@ -1,6 +1,7 @@
 //! The real model under the trainer: ranks, limits, low-rank updates, gradients, writing back.
 
 mod balance;
+mod replace;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
