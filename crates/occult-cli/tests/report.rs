@@ -63,20 +63,22 @@ fn many_experts() -> ReportData {
 /// With a training run: 120 steps whose limit falls from 8 to 2, two sets of held-out text measured every 40.
 fn trained() -> ReportData {
     let point = |step: u64| {
-        let t = step as f64 / 120.0;
+        // Few digits: the same number again after JSON.
+        let t = (step as f64 / 1.2).round() / 100.0;
+        let short = |v: f64| Some((v * 1e3).round() / 1e3);
         let limit = (8 - step.min(60) / 10) as u32;
         TrainingPoint {
             step,
-            loss: (step != 7).then_some(3.0 - t),
+            loss: short(3.0 - t).filter(|_| step != 7),
             held_out: if step.is_multiple_of(40) {
-                vec![Some(3.1 - t), (step > 40).then_some(4.0)]
+                vec![short(3.1 - t), (step > 40).then_some(4.0)]
             } else {
                 vec![]
             },
             copies_per_token: Some(f64::from(limit).min(4.5)),
-            copies_unlimited: Some(4.5 + t),
-            drift: Some(1.0 + t / 4.5),
-            load_max_over_mean: Some(1.5 - t / 4.0),
+            copies_unlimited: short(4.5 + t),
+            drift: short(1.0 + t / 4.5),
+            load_max_over_mean: short(1.5 - t / 4.0),
             balancedness: None,
             limit: Some(limit),
         }
@@ -156,7 +158,8 @@ fn data_that_does_not_fit_together_is_refused() {
         assert!(error.contains(expected), "expected {expected:?} in {error:?}");
         assert!(data.to_json().is_err(), "{expected}: written all the same");
     }
-    let edits: [(fn(&mut Training), &str); 4] = [
+    type RunEdit = fn(&mut Training);
+    let edits: [(RunEdit, &str); 4] = [
         (|t| t.points.clear(), "no points"),
         (|t| t.points[3].step = 3, "steps do not ascend"),
         (|t| t.points[39].held_out.truncate(1), "held_out of step 40: expected 2 values, found 1"),

@@ -398,3 +398,23 @@ fn a_bias_on_the_choices_is_recorded_used_and_resumed() {
     let message = fails(&["permute", &room.at("whole"), &room.at("p.json"), "-o", &room.at("permuted")], 1);
     assert!(message.contains("bias on its routers' choices"), "{message}");
 }
+
+#[test]
+fn another_placement_is_looked_for_at_checkpoints_and_recorded() {
+    let room = Room::new();
+    let args = |out: &str, more: &[&str]| -> Vec<String> {
+        let args =
+            room.args("tune", out, &[&["--ranks", "2", "--replace-placement", "0", "--json"], more].concat());
+        args.into_iter().map(|a| if a == "32" { "512".into() } else { a }).collect()
+    };
+    let out: Value = serde_json::from_str(&done(&strs(&args("whole", &[])))).expect("JSON");
+    let log = room.log("whole");
+    let looked: Vec<bool> = log.iter().map(|e| e["figures"]["C_T_searched"].is_f64()).collect();
+    assert_eq!(looked, [false, true, false, true, false, false]);
+    let replaced = log.iter().any(|e| e["figures"]["replaced"] == 1.0);
+    assert_eq!(out["placement_replaced"], replaced);
+    assert_eq!(Path::new(&room.at("whole/placement.json")).is_file(), replaced);
+    done(&strs(&args("parts", &["--stop-after", "3"])));
+    done(&strs(&args("parts", &["--resume"])));
+    assert_eq!(room.weights("parts"), room.weights("whole"));
+}

@@ -58,8 +58,9 @@ pub(crate) fn limit(to: &Path, model: &MoeModel, args: &TrainArgs) -> Result<()>
     };
     file.write(&to.join(PLACEMENT))?;
     let rule = args.rule.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
-    let limit = LimitFile::new(PLACEMENT, args.max_ranks, &rule, args.keep_mass);
-    Ok(LimitFile { selection_bias, ..limit }.write(to)?)
+    let mut limit = LimitFile::new(PLACEMENT, args.max_ranks, &rule, args.keep_mass);
+    limit.selection_bias = selection_bias;
+    Ok(limit.write(to)?)
 }
 
 /// Writes configuration and tokenizer of the model directory `from` into `to`.

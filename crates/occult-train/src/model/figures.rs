@@ -53,17 +53,17 @@ pub(super) fn routing(
 }
 
 /// One layer's routing under its placement.
-struct Counts {
-    tokens: usize,
+pub(super) struct Counts {
+    pub(super) tokens: usize,
     /// Ranks visited by all tokens.
-    visits: u64,
+    pub(super) visits: u64,
     per_expert: Vec<u64>,
     per_rank: Vec<u64>,
 }
 
 impl Counts {
     /// Of expert ids `[T, K]`, which are those of `routing` or what it was before a limit.
-    fn of(
+    pub(super) fn of(
         expert_ids: &[ExpertId],
         routing: &RoutingBuf,
         placement: &LayerPlacement,

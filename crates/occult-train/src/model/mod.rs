@@ -308,6 +308,8 @@ impl MoeModel {
             segments: Some(&batch.segments),
         };
         let options = TrainOptions { recompute: self.options.recompute, z_loss: self.options.z_coefficient };
+        // What an evaluation, or a backward pass that computed layers again, has left.
+        self.choices.iter().for_each(|c| drop(c.take()));
         self.decoder.forward_train(batch, options).map_err(failed("forward pass"))
     }
 

@@ -60,9 +60,9 @@ fn model(case: &str, comm: Arc<dyn Communicator>, options: ModelOptions) -> MoeM
 }
 
 fn plain() -> ModelOptions {
-    // A balancing loss is that of the sequences computed at once, which here are others on other numbers of ranks: `balance`
-    // has its tests.
-    ModelOptions { balance_coefficient: 0.0, router_z_coefficient: 0.01, ..ModelOptions::default() }
+    // Auxiliary losses are means over the sequences computed at once, which are others on other numbers of ranks here: their
+    // tests are in `balance`.
+    ModelOptions { balance_coefficient: 0.0, ..ModelOptions::default() }
 }
 
 fn loader() -> Loader {

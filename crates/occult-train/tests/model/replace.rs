@@ -42,7 +42,7 @@ fn run(setup: &Setup<'_>, stop_at: u64, resume: bool) -> Result<Run, String> {
         let placement = model.ranks().layers().to_vec();
         Ok::<_, TrainError>(Run { weights: written(&model), losses, figures, placement })
     });
-    results.all().map(|mut all| all.swap_remove(0)).map_err(|e| e.to_string())
+    results.all().map(|mut all| all.swap_remove(0)).map_err(|(_, e)| e.to_string())
 }
 
 fn dir_of() -> tempfile::TempDir {
@@ -114,10 +114,10 @@ fn a_model_that_is_made_wrong_is_noticed() {
         let make = move |ranks| MoeModel::random(files("olmoe").spec(), &Threads::new(1), 0.02, ranks, how);
         let mut model = model("olmoe", comm.clone(), how).with_replacement(Replacement::new(ANY, None, make));
         let (loader, group) = (loader(), CommGroup(comm.clone()));
-        let mut trainer =
-            Trainer::new(&mut model, &loader, &group, options(None), dir.path(), &DiskFiles, false)?;
+        let options = Options { batch: 12, ..options(None) };
+        let mut trainer = Trainer::new(&mut model, &loader, &group, options, dir.path(), &DiskFiles, false)?;
         trainer.run(&AtomicBool::new(false), &mut |_| {}).map(|_| ())
     });
-    let message = results.all().expect_err("refused").to_string();
+    let message = results.all().expect_err("refused").1.to_string();
     assert!(message.contains("texts differ by more than"), "{message}");
 }

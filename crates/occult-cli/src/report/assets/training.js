@@ -2,8 +2,8 @@
 
 /** Copies, drift, load and balancedness, as far as the run has logged them: [key, title, format, lines]. */
 const RUN_MEASURES = [
-  ["copies", "Copies per token", fixed, [["copies_per_token", "as trained", "var(--chosen)", "none"], ["copies_unlimited", "router's own choices", "var(--method-1)", "none"], ["limit", "limit", "var(--warn)", "4,3"]]],
-  ["drift", "Drift", (v) => fixed(v, 3), [["drift", "copies of the router's own choices, over those at the start", "var(--method-1)", "none"]]],
+  ["copies", "Copies per token", fixed, [["copies_per_token", "as trained", "var(--chosen)", "none"], ["copies_unlimited", "router's own choices", "var(--method-2)", "none"], ["limit", "limit", "var(--warn)", "4,3"]]],
+  ["drift", "Drift", (v) => fixed(v, 3), [["drift", "copies of the router's own choices, over those at the start", "var(--method-2)", "none"]]],
   ["load", "Max / mean load", times, [["load_max_over_mean", "ranks", "var(--chosen)", "none"]]],
   ["balance", "Balancedness of experts", (v) => fixed(v, 2), [["balancedness", "mean / max tokens of an expert", "var(--chosen)", "none"]]],
 ];
