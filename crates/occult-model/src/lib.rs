@@ -79,7 +79,7 @@ pub use passes::{PASS_ROWS, Pass, PassObserver, for_each_pass, passes};
 pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use quantise::{QuantisedClass, quantise};
 pub use ranks::{MAX_PLACEMENT_DIFFERENCE, Ranks, Replaced, Spread};
-pub use rewrite::{ConvertOptions, Progress, convert};
+pub use rewrite::{ConvertOptions, Progress, convert, files_beside_weights};
 pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};
 #[cfg(feature = "tokenizer")]

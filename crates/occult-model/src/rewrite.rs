@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use occult_plan::ExpertId;
 use serde_json::Value;
@@ -160,18 +160,29 @@ fn write_all(
 
 /// Everything in the directory that is not weights.
 pub(crate) fn copy_others(checkpoint: &Checkpoint, to: &Path) -> Result<()> {
-    let dir = checkpoint.dir();
+    for path in files_beside_weights(checkpoint.dir())? {
+        if let Some(name) = path.file_name() {
+            copy(&path, &to.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// The files of a model directory that are not weights, by name.
+pub fn files_beside_weights(dir: &Path) -> Result<Vec<PathBuf>> {
     let failed = |e| ModelError::io("list", dir, e);
+    let mut files = vec![];
     for entry in fs::read_dir(dir).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         let weights =
             matches!(extension, "safetensors" | "bin" | "pt" | "pth" | "gguf") || path.ends_with(INDEX);
-        if let (false, true, Some(name)) = (weights, path.is_file(), path.file_name()) {
-            copy(&path, &to.join(name))?;
+        if !weights && path.is_file() {
+            files.push(path);
         }
     }
-    Ok(())
+    files.sort();
+    Ok(files)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

@@ -1,9 +1,9 @@
 //! Writing safetensors files and model directories.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
@@ -92,27 +92,25 @@ pub(crate) fn sort(entries: &mut [Entry]) {
     entries.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
 }
 
-/// Writes one file, tensors in the given order, byte for byte as the safetensors library lays it out. `metadata` is the
-/// text of the `__metadata__` object. `wrote` is told of every piece of data that is written.
-pub(crate) fn write_file(
+/// The beginning of a file: the length of the header, and the header. Tensors follow each other in the given order.
+fn head<'a>(
     path: &Path,
     metadata: Option<&str>,
-    entries: &[Entry],
-    wrote: &mut dyn FnMut(u64),
-) -> Result<()> {
+    tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize], usize)>,
+) -> Result<Vec<u8>> {
     let mut header = String::from("{");
     if let Some(metadata) = metadata {
         header.push_str(&format!("\"__metadata__\":{metadata},"));
     }
     let mut offset = 0;
-    for e in entries {
-        let to = offset + e.bytes;
-        let name = Value::String(e.name.clone());
-        let shape = json!(e.shape);
-        let dtype = serde_json::to_string(&e.dtype)
-            .map_err(|error| ModelError::bad(path, format!("tensor {}", e.name), error.to_string()))?;
+    for (name, dtype, shape, bytes) in tensors {
+        let to = offset + bytes;
+        let quoted = Value::String(name.to_owned());
+        let shape = json!(shape);
+        let dtype = serde_json::to_string(&dtype)
+            .map_err(|error| ModelError::bad(path, format!("tensor {name}"), error.to_string()))?;
         header.push_str(&format!(
-            "{name}:{{\"dtype\":{dtype},\"shape\":{shape},\"data_offsets\":[{offset},{to}]}},"
+            "{quoted}:{{\"dtype\":{dtype},\"shape\":{shape},\"data_offsets\":[{offset},{to}]}},"
         ));
         offset = to;
     }
@@ -123,14 +121,111 @@ pub(crate) fn write_file(
     while header.len() % 8 != 0 {
         header.push(' ');
     }
+    Ok([(header.len() as u64).to_le_bytes().as_slice(), header.as_bytes()].concat())
+}
+
+/// Writes one file, tensors in the given order, byte for byte as the safetensors library lays it out. `metadata` is the
+/// text of the `__metadata__` object. `wrote` is told of every piece of data that is written.
+pub(crate) fn write_file(
+    path: &Path,
+    metadata: Option<&str>,
+    entries: &[Entry],
+    wrote: &mut dyn FnMut(u64),
+) -> Result<()> {
     let failed = |e| ModelError::io("write", path, e);
+    let head = head(
+        path,
+        metadata,
+        entries.iter().map(|e| (e.name.as_str(), e.dtype, e.shape.as_slice(), e.bytes)),
+    )?;
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(failed)?);
-    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
-    out.write_all(header.as_bytes()).map_err(failed)?;
+    out.write_all(&head).map_err(failed)?;
     for e in entries {
         e.write(path, &mut out, wrote)?;
     }
     out.into_inner().map_err(|e| failed(e.into_error()))?.sync_all().map_err(failed)
+}
+
+/// A tensor that a [`PlacedFile`] will get: its name and shape.
+pub(crate) type Place = (String, Vec<usize>);
+
+/// A file of tensors that come in any order, one at a time: each is written where it belongs, so none has to wait in memory.
+/// It lies beside its final name and takes it when it is complete and on the disk; an unfinished one is removed.
+#[derive(Debug)]
+pub(crate) struct PlacedFile {
+    path: PathBuf,
+    partial: PathBuf,
+    file: File,
+    dtype: StoredDtype,
+    /// Where each tensor's bytes begin, and how many they are; taken out when they are there.
+    open: BTreeMap<String, (u64, usize)>,
+}
+
+impl PlacedFile {
+    /// Begins the file `path` of tensors of one format, laid out as [`write_file`] does.
+    pub(crate) fn create(
+        path: &Path,
+        metadata: Option<&str>,
+        dtype: StoredDtype,
+        mut places: Vec<Place>,
+    ) -> Result<Self> {
+        places.sort();
+        let bytes = |shape: &[usize]| shape.iter().product::<usize>() * dtype.bytes();
+        let tensors = places.iter().map(|(n, s)| (n.as_str(), dtype.safetensors(), s.as_slice(), bytes(s)));
+        let head = head(path, metadata, tensors)?;
+        let mut offset = head.len() as u64;
+        let mut open = BTreeMap::new();
+        for (name, shape) in &places {
+            open.insert(name.clone(), (offset, bytes(shape)));
+            offset += bytes(shape) as u64;
+        }
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".partial");
+        let partial = path.with_file_name(name);
+        let file = File::create(&partial).map_err(|e| ModelError::io("create", &partial, e))?;
+        let mut new = Self { path: path.to_owned(), partial, file, dtype, open };
+        new.file.write_all(&head).map_err(|e| ModelError::io("write", &new.partial, e))?;
+        Ok(new)
+    }
+
+    /// Writes one tensor.
+    pub(crate) fn put(&mut self, name: &str, weight: &Weight) -> Result<()> {
+        let cast = weight.cast(self.dtype)?;
+        let Some((offset, bytes)) = self.open.remove(name) else {
+            return Err(ModelError::bad(&self.path, format!("tensor {name}"), "has no place in the file"));
+        };
+        if cast.bytes().len() != bytes {
+            let message = format!("has {} bytes, expected {bytes}", cast.bytes().len());
+            return Err(ModelError::bad(&self.path, format!("tensor {name}"), message));
+        }
+        let written = self.file.seek(SeekFrom::Start(offset)).and_then(|_| self.file.write_all(cast.bytes()));
+        written.map_err(|e| ModelError::io("write", &self.partial, e))
+    }
+
+    /// Flushes the file and gives it its name. Errors when a tensor is missing.
+    pub(crate) fn finish(self) -> Result<()> {
+        if let Some(name) = self.open.keys().next() {
+            return Err(ModelError::bad(&self.path, format!("tensor {name}"), "was not written"));
+        }
+        let failed = |e| ModelError::io("write", &self.path, e);
+        self.file.sync_all().map_err(failed)?;
+        fs::rename(&self.partial, &self.path).map_err(failed)?;
+        sync_folder(&self.path).map_err(failed)
+    }
+}
+
+impl Drop for PlacedFile {
+    fn drop(&mut self) {
+        // After `finish` the temporary name is gone; nothing to be done where removing fails.
+        let _ = fs::remove_file(&self.partial);
+    }
+}
+
+/// Flushes the entry of a file in its folder to the disk.
+fn sync_folder(path: &Path) -> std::io::Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // Only unix can open a folder; elsewhere the rename itself is all there is.
+    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
 /// Writes an index the way the Hugging Face libraries do. `metadata` is the source's object.
@@ -144,5 +239,5 @@ pub(crate) fn write_index(
     metadata["total_size"] = json!(bytes);
     let index = json!({ "metadata": metadata, "weight_map": files });
     let text = serde_json::to_string_pretty(&index).unwrap_or_default() + "\n";
-    std::fs::write(path, text).map_err(|e| ModelError::io("write", path, e))
+    fs::write(path, text).map_err(|e| ModelError::io("write", path, e))
 }

@@ -4,13 +4,13 @@ use std::path::Path;
 
 use super::ModelParameters;
 use crate::error::{ModelError, Result};
-use crate::hf::write::{Entry, sort, write_file};
-use crate::hf::{ExpertLayout, Matrix, Names, Role, SINGLE, TensorInfo};
+use crate::hf::write::PlacedFile;
+use crate::hf::{ExpertLayout, Matrix, Names, Role, SINGLE};
 use crate::weight::{StoredDtype, Weight};
 
 impl ModelParameters {
-    /// Writes `model.safetensors` with the released names into the directory `to`. All experts must be held; the
-    /// configuration and the tokenizer are the caller's to put beside it.
+    /// Writes `model.safetensors` with the released names into the directory `to`, where it appears when it is complete. All
+    /// experts must be held; the configuration and the tokenizer are the caller's to put beside it.
     pub fn write(&self, to: &Path, layout: ExpertLayout, dtype: StoredDtype) -> Result<()> {
         let all = self.spec().moe.router.num_experts;
         if let Some(layer) = self.spec().moe_layers().find(|&l| self.experts_of(l).len() != all) {
@@ -31,40 +31,33 @@ impl ModelParameters {
     ) -> Result<()> {
         let (spec, names) = (self.spec(), Names::new(self.spec().family, layout));
         let (d, f) = (spec.hidden_size, spec.moe.expert_size);
-        let mut entries = Vec::new();
+        let places = names.tensors(spec).into_iter().map(|t| (t.name, t.shape)).collect();
+        let mut file = PlacedFile::create(&to.join(SINGLE), Some("{\"format\":\"pt\"}"), dtype, places)?;
         for info in Names::new(spec.family, ExpertLayout::Fused).tensors(spec) {
             let values = fetch(&info.name)?;
             let whole = Weight::from_f32(&info.name, &values, info.shape.clone(), dtype)?;
             drop(values);
-            let cut = |e: usize, from: usize, to: usize, name: String| -> Result<Entry> {
+            let mut cut = |e: usize, from: usize, to: usize, name: String| {
                 let part = whole.slab_rows(e, from, to);
-                let part = part.ok_or_else(|| ModelError::request(format!("{name}: no expert {e}")))?;
-                Ok(Entry::of_values(name, part.shape().to_vec(), dtype, vec![part]))
+                file.put(&name, &part.ok_or_else(|| ModelError::request(format!("{name}: no expert {e}")))?)
             };
             match (info.role, layout) {
                 (Role::FusedGateUp { layer }, ExpertLayout::PerExpert) => {
                     for e in 0..info.shape[0] {
-                        entries.push(cut(e, 0, f, names.expert(layer, e, Matrix::Gate))?);
-                        entries.push(cut(e, f, 2 * f, names.expert(layer, e, Matrix::Up))?);
+                        cut(e, 0, f, names.expert(layer, e, Matrix::Gate))?;
+                        cut(e, f, 2 * f, names.expert(layer, e, Matrix::Up))?;
                     }
                 }
                 (Role::FusedDown { layer }, ExpertLayout::PerExpert) => {
                     for e in 0..info.shape[0] {
-                        entries.push(cut(e, 0, d, names.expert(layer, e, Matrix::Down))?);
+                        cut(e, 0, d, names.expert(layer, e, Matrix::Down))?;
                     }
                 }
-                (role, _) => {
-                    let TensorInfo { name, shape, .. } = info;
-                    let name = match role {
-                        Role::Router { layer } => names.router(layer),
-                        _ => name,
-                    };
-                    entries.push(Entry::of_values(name, shape, dtype, vec![whole]));
-                }
+                (Role::Router { layer }, _) => file.put(&names.router(layer), &whole)?,
+                _ => file.put(&info.name, &whole)?,
             }
         }
-        sort(&mut entries);
-        write_file(&to.join(SINGLE), Some("{\"format\":\"pt\"}"), &entries, &mut |_| {})
+        file.finish()
     }
 
     /// The values of a parameter.
