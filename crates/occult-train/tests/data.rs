@@ -81,6 +81,12 @@ fn errors_name_the_file_and_the_line() {
             "record 2: missing field",
         ),
         ("t.jsonl", b"{\"text\":1}\n", "line 1: field `text` is not a text"),
+        (
+            "n.jsonl",
+            b"\n\n text: a\n",
+            "n.jsonl, line 3: begins with 't'; a .jsonl file is expected to hold JSON",
+        ),
+        ("n.json", b"\xef\xbb\xbf\"a\"", "n.json, line 1: begins with '\"'"),
         ("o.jsonl", b"{\"prose\":\"x\"}\n", "has the fields [prose]; expected text, or"),
         ("c.jsonl", b"{\"messages\":[{\"role\":\"user\",\"content\":\"q\"}]}", "no message of the assistant"),
         (
@@ -143,6 +149,52 @@ fn only_answers_are_learned() {
     let text: String = encoded.ids.iter().map(|i| char::from_u32(*i).unwrap()).collect();
     assert_eq!(text.replace('\u{1}', "|"), Letters.chat(&chat, false).unwrap().unwrap());
     assert_eq!(learned(&encode(&Record::Text("ab".into()), &Letters).unwrap()), "ab\u{1}");
+}
+
+#[test]
+fn each_document_decides_what_becomes_of_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, content: String| {
+        std::fs::write(dir.path().join(name), content).unwrap();
+        (dir.path().join(name), None)
+    };
+    let task = format!("{{\"instruction\":\"do\",\"output\":\"{}\"}}\n", "y".repeat(300));
+    let files = [
+        write("prose.txt", "x".repeat(1000)),
+        write("tasks.jsonl", task.repeat(2)),
+        write("more.txt", "z".repeat(500)),
+    ];
+    let path = dir.path().join("mixed.store");
+    let mut writer = StoreWriter::create(&path, "").unwrap();
+    build_store(&files, &Letters, &mut writer).unwrap();
+    let store = writer.finish().unwrap();
+    let documents: Vec<_> = (0..4).map(|i| store.document(i).unwrap()).collect();
+    assert_eq!(
+        documents.iter().map(|d| (d.source, d.prompted)).collect::<Vec<_>>(),
+        [(0, false), (1, true), (1, true), (2, false)]
+    );
+    let packed = Packed::new(&store, &options(256, LongDocument::ByDocument)).unwrap();
+    assert_eq!(packed.num_truncated(), 2);
+    // All of the texts (each has its length in inputs) and the beginning of both tasks.
+    assert_eq!(packed.num_inputs(), 1000 + 2 * 256 + 500);
+    let whole = (0..packed.num_sequences()).filter(|s| packed.sequence(*s)[0].start == documents[1].start);
+    assert_eq!(whole.map(|s| packed.sequence(s).len()).collect::<Vec<_>>(), [1]);
+    let tasks = PackOptions { source: Some(1), ..options(256, LongDocument::ByDocument) };
+    assert_eq!(Packed::new(&store, &tasks).unwrap().num_sequences(), 2);
+}
+
+#[test]
+fn what_a_killed_encoding_leaves_is_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let killed = StoreWriter::create(&dir.path().join("a.store"), "").unwrap();
+    // As if the process had ended: nothing runs at the end.
+    std::mem::forget(killed);
+    std::fs::create_dir(dir.path().join("step-00000001.partial")).unwrap();
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+    remove_unfinished(dir.path()).unwrap();
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().flatten().map(|e| e.file_name()).collect();
+    assert_eq!(left, ["step-00000001.partial"]);
+    remove_unfinished(&dir.path().join("absent")).unwrap();
 }
 
 #[test]

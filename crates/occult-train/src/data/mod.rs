@@ -18,7 +18,7 @@ pub use encode::{Encoded, Tokenize, encode};
 pub use loader::{Batch, Loader, share};
 pub use pack::{LongDocument, PADDING, PackOptions, Packed, Part};
 pub use source::{Format, Record, Turn, for_each_record};
-pub use store::{StoreWriter, TokenStore};
+pub use store::{StoreWriter, TokenStore, remove_unfinished};
 
 use crate::error::{Result, TrainError};
 use std::io::Read;

@@ -19,6 +19,8 @@ pub enum LongDocument {
     Split,
     /// Keep the first `length` inputs.
     Truncate,
+    /// As each document asks: answers with their prompt are kept whole or truncated, texts are split.
+    ByDocument,
     /// Refuse it, with its number.
     Refuse,
 }
@@ -76,10 +78,15 @@ impl Packed {
             {
                 continue;
             }
+            let long = match long {
+                LongDocument::ByDocument if document.prompted => LongDocument::Truncate,
+                LongDocument::ByDocument => LongDocument::Split,
+                same => same,
+            };
             let (mut start, mut inputs) = (document.start, document.len.saturating_sub(1));
             if inputs > length as u64 {
                 match long {
-                    LongDocument::Split => {}
+                    LongDocument::Split | LongDocument::ByDocument => {}
                     LongDocument::Truncate => {
                         inputs = length as u64;
                         packed.truncated += 1;

@@ -70,16 +70,21 @@ impl Record {
 }
 
 impl Format {
-    /// Judges a file by its first character and, for JSON, by the fields of its first record.
+    /// Judges a file by its extension and, for JSON, by the fields of its first record. A file that is called JSON and is not
+    /// is an error: taken as text, its mistake would be trained on.
     pub fn detect(path: &Path) -> Result<Self> {
         let mut reader = open(path)?;
-        let first = first_byte(&mut reader, path)?;
-        if !matches!(first, b'{' | b'[') {
-            return Ok(Format::Text);
-        }
+        let (first, line) = first_byte(&mut reader, path)?;
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         if !matches!(extension.to_ascii_lowercase().as_str(), "json" | "jsonl" | "ndjson") {
             return Ok(Format::Text);
+        }
+        if !matches!(first, b'{' | b'[') {
+            let message = format!(
+                "begins with {:?}; a .{extension} file is expected to hold JSON objects, one per line or in a list",
+                char::from(first)
+            );
+            return Err(TrainError::data(path, line, message));
         }
         let mut first_record = None;
         // Stops after the first record; the error that stops it is dropped, any other is reported when it is read.
@@ -139,8 +144,9 @@ fn open(path: &Path) -> Result<BufReader<File>> {
     Ok(BufReader::new(File::open(path).map_err(|e| TrainError::io("open", path, e))?))
 }
 
-/// Skips a byte order mark and white space; the first byte that is left, unread. Errors for an empty file.
-fn first_byte(reader: &mut BufReader<File>, path: &Path) -> Result<u8> {
+/// Skips a byte order mark and white space; the first byte that is left, unread, and its line. Errors for an empty file.
+fn first_byte(reader: &mut BufReader<File>, path: &Path) -> Result<(u8, usize)> {
+    let mut line = 1;
     loop {
         let buffer = reader.fill_buf().map_err(|e| TrainError::io("read", path, e))?;
         if buffer.is_empty() {
@@ -151,8 +157,9 @@ fn first_byte(reader: &mut BufReader<File>, path: &Path) -> Result<u8> {
             continue;
         }
         let blank = buffer.iter().take_while(|b| b.is_ascii_whitespace()).count();
+        line += buffer[..blank].iter().filter(|b| **b == b'\n').count();
         if let Some(&byte) = buffer.get(blank) {
-            return Ok(byte);
+            return Ok((byte, line));
         }
         reader.consume(blank);
     }
@@ -215,7 +222,7 @@ fn for_each_text(path: &Path, each: &mut dyn FnMut(Record, Option<usize>) -> Res
 /// Every JSON value of a list or of lines.
 fn for_each_value(path: &Path, each: &mut dyn FnMut(Value, Option<usize>) -> Result<()>) -> Result<()> {
     let mut reader = open(path)?;
-    if first_byte(&mut reader, path)? == b'[' {
+    if first_byte(&mut reader, path)?.0 == b'[' {
         return for_each_of_list(path, reader, each);
     }
     let mut lines = Lines { path, reader: open(path)?, number: 0 };

@@ -2,8 +2,8 @@
 //! of memory per document.
 //!
 //! A store is a directory: `tokens.bin` (u32 little endian; the top bit means *not learned*), `documents.bin` (16 bytes per
-//! document: end offset u64 in tokens, source u32, upper half of the content hash u32), `store.json` (version, counts, what
-//! made it). It is written beside its final name and renamed when complete.
+//! document: end offset u64 in tokens, source u32 with the top bit for *answers a prompt*, upper half of the content hash
+//! u32), `store.json` (version, counts, what made it). It is written beside its final name and renamed when complete.
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
@@ -17,6 +17,8 @@ use crate::error::{Result, TrainError};
 
 /// The bit of a stored token that says: not learned.
 pub(crate) const NOT_LEARNED: u32 = 1 << 31;
+/// The bit of a stored source that says: the document's answers need its prompt.
+const PROMPTED: u32 = 1 << 31;
 const VERSION: u32 = 1;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -38,6 +40,8 @@ pub struct Document {
     pub source: u32,
     /// Upper half of the hash of its content.
     pub hash: u32,
+    /// Whether something in it is learned as the answer to what is not: a part of it alone would be an answer to nothing.
+    pub prompted: bool,
 }
 
 impl Document {
@@ -46,6 +50,24 @@ impl Document {
     pub fn is_validation(&self, fraction: f64) -> bool {
         f64::from(self.hash) < fraction * 2f64.powi(32)
     }
+}
+
+/// A document's source with what its tokens say: a prompt is more than the token that begins a text.
+fn stored_source(encoded: &Encoded, source: u32) -> u32 {
+    let prompted = encoded.learn.iter().skip(1).any(|learned| !learned);
+    source & !PROMPTED | if prompted { PROMPTED } else { 0 }
+}
+
+/// Removes the unfinished stores in a folder: what killed encodings have left. Only while nobody encodes there.
+pub fn remove_unfinished(folder: &Path) -> Result<()> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Ok(()) };
+    for path in entries.flatten().map(|e| e.path()) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.contains(".store.") && name.ends_with(".partial") && path.is_dir() {
+            std::fs::remove_dir_all(&path).map_err(|e| TrainError::io("remove", &path, e))?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes a store document by document.
@@ -89,7 +111,7 @@ impl StoreWriter {
         self.head.documents += 1;
         let mut record = [0u8; 16];
         record[..8].copy_from_slice(&self.head.tokens.to_le_bytes());
-        record[8..12].copy_from_slice(&source.to_le_bytes());
+        record[8..12].copy_from_slice(&stored_source(encoded, source).to_le_bytes());
         record[12..].copy_from_slice(&((hash >> 32) as u32).to_le_bytes());
         self.documents.write_all(&record).map_err(failed)
     }
@@ -103,7 +125,8 @@ impl StoreWriter {
             file.get_ref().sync_all().map_err(failed)?;
         }
         let head = serde_json::to_vec_pretty(&self.head).map_err(|e| failed(e.into()))?;
-        std::fs::write(temporary.join("store.json"), head).map_err(failed)?;
+        let mut file = File::create(temporary.join("store.json")).map_err(failed)?;
+        file.write_all(&head).and_then(|()| file.sync_all()).map_err(failed)?;
         std::fs::rename(&temporary, &self.dir).map_err(|e| TrainError::io("rename", &self.dir, e))?;
         TokenStore::open(&self.dir)
     }
@@ -140,7 +163,7 @@ impl TokenStore {
             let stored = |(id, learn): (&u32, &bool)| if *learn { *id } else { *id | NOT_LEARNED };
             tokens.extend(encoded.ids.iter().zip(&encoded.learn).map(stored));
             ends.push(tokens.len() as u64);
-            sources.push(source);
+            sources.push(stored_source(&encoded, source));
             hashes.push((hash >> 32) as u32);
         }
         Self { tokens: Tokens::Memory(tokens), ends, sources, hashes, description: String::new() }
@@ -206,7 +229,9 @@ impl TokenStore {
     pub fn document(&self, index: usize) -> Option<Document> {
         let end = *self.ends.get(index)?;
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
-        Some(Document { start, len: end - start, source: self.sources[index], hash: self.hashes[index] })
+        let (source, hash) = (self.sources[index], self.hashes[index]);
+        let (source, prompted) = (source & !PROMPTED, source & PROMPTED != 0);
+        Some(Document { start, len: end - start, source, hash, prompted })
     }
 
     /// Tokens `start..start + len` as they are stored: the top bit marks those that are not learned.
