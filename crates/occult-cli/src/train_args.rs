@@ -129,7 +129,8 @@ pub(crate) struct TrainArgs {
     /// Gradients are scaled down to this norm; 0: never
     #[arg(long, default_value_t = 1.0, value_parser = not_negative, value_name = "NORM")]
     pub(crate) clip: f64,
-    /// Stop when the loss is above so many times its recent median
+    /// Stop when the loss is above so many times its recent median, or the perplexity of a short stretch above so many
+    /// times that of the best one
     #[arg(long, default_value_t = 3.0, value_parser = positive, value_name = "X")]
     pub(crate) diverged_above: f64,
     /// Seed of weights and of the order of the data
@@ -179,7 +180,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_enum, default_value_t = PruneRule::BestMass, requires = "max_ranks")]
     pub(crate) rule: PruneRule,
     /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
-    #[arg(long, value_parser = positive, value_name = "SHARE", requires = "max_ranks")]
+    #[arg(long, value_parser = crate::args::keep_mass, value_name = "SHARE", requires = "max_ranks")]
     pub(crate) keep_mass: Option<f64>,
 
     /// At every checkpoint, search a placement for what the routers chose in the last step, and go on with it when it saves
@@ -212,20 +213,32 @@ pub(crate) struct TrainArgs {
 }
 
 impl TrainArgs {
-    /// What is trained and how, as far as it decides a run's numbers.
-    pub(crate) fn trained_text(&self) -> String {
-        let Self {
-            trained, lora_rank, lora_alpha, router_z_loss, z_loss, placement, rule, keep_mass, ..
-        } = self;
-        let lora = (*trained == Trained::Lora).then_some((lora_rank, lora_alpha));
-        let text =
-            format!("{trained:?} {lora:?} {router_z_loss} {z_loss} {placement:?} {rule:?} {keep_mass:?}");
-        // Only where there is one: runs that began before there was this option go on.
-        let bias = self.balance_bias.map_or_else(String::new, |rate| format!(" bias {rate}"));
-        let every = self.checkpoint_every;
-        let replace =
-            self.replace_placement.map_or_else(String::new, |s| format!(" replace {s} every {every}"));
-        text + &bias + &replace
+    /// What is trained and how, as far as these options alone decide a run's numbers: by option.
+    pub(crate) fn identity(&self) -> Vec<(&'static str, String)> {
+        let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+        let mut all = vec![
+            ("--train", name(&self.trained)),
+            ("--length", self.length.to_string()),
+            ("--in-order", self.in_order.to_string()),
+            ("--router-z-loss", self.router_z_loss.to_string()),
+            ("--z-loss", self.z_loss.to_string()),
+        ];
+        if self.trained == Trained::Lora {
+            all.push(("--lora-rank", self.lora_rank.to_string()));
+            all.push(("--lora-alpha", self.lora_alpha.to_string()));
+        }
+        if self.max_ranks.is_some() {
+            all.push(("--rule", name(&self.rule)));
+            all.push(("--keep-mass", self.keep_mass.map_or("none".into(), |m| m.to_string())));
+        }
+        if let Some(rate) = self.balance_bias {
+            all.push(("--balance-bias", rate.to_string()));
+        }
+        if let Some(share) = self.replace_placement {
+            all.push(("--replace-placement", share.to_string()));
+            all.push(("--checkpoint-every", self.checkpoint_every.to_string()));
+        }
+        all
     }
 }
 

@@ -6,6 +6,8 @@ use std::fs;
 use std::path::Path;
 
 use common::models::{Dir, done, fails, model};
+#[cfg(feature = "mpi")]
+use common::room::{Room, strs};
 use occult_formats::{Columns, Profile};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -233,6 +235,24 @@ mod mpi {
             profile.read_rows(0, Columns::IDS, n).expect("rows").routing.expert_ids
         };
         assert_eq!(rows(&dir.path("a")), rows(&dir.path("b")));
+    }
+
+    #[test]
+    #[ignore = "needs an MPI launcher"]
+    fn processes_train_and_go_on_to_the_bit() {
+        let room = Room::new();
+        let tune = |out: &str, more: &[&str]| room.args("tune", out, &[&["--max-ranks", "2"], more].concat());
+        let run = |args: Vec<String>| {
+            let args = [args, vec!["--comm".into(), "mpi".into()]].concat();
+            let out = launch(&strs(&args));
+            assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        };
+        run(tune("whole", &[]));
+        run(tune("parts", &["--stop-after", "3"]));
+        run(tune("parts", &["--resume"]));
+        assert_eq!(room.weights("parts"), room.weights("whole"));
+        done(&strs(&tune("threads", &["--ranks", "3"])));
+        assert_eq!(room.weights("threads"), room.weights("whole"), "ranks are ranks");
     }
 
     #[test]

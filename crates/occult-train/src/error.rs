@@ -69,17 +69,24 @@ pub enum TrainError {
         /// What does not hold.
         message: String,
     },
+    /// A checkpoint could not be written: a full disk, mostly.
+    #[error("the checkpoint of step {step} is not complete: {source}; {}", good(last_good))]
+    NotSaved {
+        /// The step.
+        step: u64,
+        /// Why.
+        source: Box<TrainError>,
+        /// Where to go on from.
+        last_good: Option<PathBuf>,
+    },
     /// The loss or the gradients left the range in which training makes sense.
-    #[error(
-        "training diverged at step {step}: {reason}; {}",
-        last_good.as_ref().map_or("there is no checkpoint yet".into(), |p| format!("last good checkpoint: {}", p.display()))
-    )]
+    #[error("training diverged at step {step}: {reason}; {}", good(last_good))]
     Diverged {
         /// The step, counted from 1.
         step: u64,
         /// What was seen.
         reason: String,
-        /// Where to go on from.
+        /// The newest checkpoint from before the loss rose.
         last_good: Option<PathBuf>,
     },
     /// A number inside the model is NaN or infinite.
@@ -93,6 +100,11 @@ pub enum TrainError {
         /// What the model said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+fn good(checkpoint: &Option<PathBuf>) -> String {
+    let named = |p: &PathBuf| format!("last good checkpoint: {}", p.display());
+    checkpoint.as_ref().map_or("there is no good checkpoint yet".into(), named)
 }
 
 /// Shorthand.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::*;
 use occult_train::TrainError;
-use occult_train::checkpoint::{Checkpoint, DiskFiles, Files, Kind, latest};
+use occult_train::checkpoint::{Checkpoint, DiskFiles, Files, Fill, Kind, latest};
 
 /// Fails at one operation (leaving half a file), as a full disk does; or there and ever after, as a lost machine does.
 struct Failing {
@@ -30,20 +30,33 @@ impl Failing {
     }
 }
 
+/// A file of which each piece may fail, half written.
+struct Piecewise<'a> {
+    file: std::fs::File,
+    files: &'a Failing,
+}
+
+impl io::Write for Piecewise<'_> {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        if let Err(e) = self.files.step() {
+            self.file.write_all(&piece[..piece.len() / 2])?;
+            return Err(e);
+        }
+        self.file.write_all(piece)?;
+        Ok(piece.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl Files for Failing {
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         self.step()?;
         DiskFiles.create_dir(path)
     }
-    fn write(&self, path: &Path, pieces: &mut dyn Iterator<Item = &[u8]>) -> io::Result<()> {
-        let mut file = std::fs::File::create(path)?;
-        for piece in pieces {
-            if let Err(e) = self.step() {
-                io::Write::write_all(&mut file, &piece[..piece.len() / 2])?;
-                return Err(e);
-            }
-            io::Write::write_all(&mut file, piece)?;
-        }
+    fn write(&self, path: &Path, fill: &mut Fill<'_>) -> io::Result<()> {
+        fill(&mut Piecewise { file: std::fs::File::create(path)?, files: self })?;
         self.step()
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -82,8 +95,12 @@ fn a_failure_at_any_operation_leaves_a_good_checkpoint() {
                 Err(error) => error,
             };
             assert!(error.to_string().contains("no space left on device"), "{error}");
-            assert!(matches!(error, TrainError::Io { .. }), "{error}");
             let saved = latest(dir.path()).unwrap();
+            match &error {
+                TrainError::Io { .. } => assert_eq!(saved, None, "{error}"),
+                TrainError::NotSaved { last_good, .. } => assert_eq!(*last_good, saved, "{error}"),
+                other => panic!("{other}"),
+            }
             if let Some(path) = &saved {
                 let step = Checkpoint::open(path).unwrap().state().step;
                 assert!(path.ends_with(format!("step-{step:08}")));
@@ -174,8 +191,8 @@ fn damaged_and_foreign_checkpoints_are_named() {
     assert!(matches!(open(), TrainError::Io { .. }));
     std::fs::write(&shard, &bytes).unwrap();
 
-    std::fs::write(&manifest, text.replace("\"version\": 1", "\"version\": 2")).unwrap();
-    assert!(matches!(open(), TrainError::Version { found: 2, expected: 1, .. }));
+    std::fs::write(&manifest, text.replace("\"version\": 2", "\"version\": 1")).unwrap();
+    assert!(matches!(open(), TrainError::Version { found: 1, expected: 2, .. }));
     std::fs::write(&manifest, text.replace("rank-0000.safetensors", "../x")).unwrap();
     assert!(open().to_string().contains("a shard called"));
     std::fs::write(&manifest, &text[..text.len() / 2]).unwrap();

@@ -134,4 +134,5 @@ fn requests_without_a_meaning_are_refused() {
     // Other options are another run.
     let other = on_disk(dir.path(), 6, 6, true).unwrap_err();
     assert!(matches!(&other, TrainError::Other { what, .. } if what == "configuration"), "{other}");
+    assert!(other.to_string().ends_with("it has steps 5, this run has steps 6"), "{other}");
 }

@@ -8,19 +8,10 @@ use occult_model::{ModelSpec, TextTokenizer};
 use occult_train::data::encode::ModelTokenizer;
 use occult_train::data::{
     Format, Loader, LongDocument, PackOptions, Packed, StoreWriter, TokenStore, build_store, fingerprint,
+    remove_unfinished,
 };
 
 use crate::progress;
-
-/// What is done with documents that are longer than a sequence.
-fn long(files: &[PathBuf]) -> Result<LongDocument> {
-    for file in files.iter().filter(|f| f.is_file()) {
-        if matches!(Format::detect(file)?, Format::Instructions | Format::Chats) {
-            return Ok(LongDocument::Truncate);
-        }
-    }
-    Ok(LongDocument::Split)
-}
 
 /// A store as a folder: what was given, or what `build` has left under `cache`.
 fn is_store(path: &Path) -> bool {
@@ -36,7 +27,9 @@ pub(crate) fn build(files: &[PathBuf], model: &Path, spec: &ModelSpec, cache: &P
     }
     let mut described = format!("tokenizer {:016x}", fingerprint(&model.join("tokenizer.json"))?);
     for file in files {
-        described += &format!("; {} {:016x}", file.display(), fingerprint(file)?);
+        // Where a file lies is not what it is.
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        described += &format!("; {name} {:016x}", fingerprint(file)?);
     }
     let store = cache.join(format!("{:016x}.store", occult_train::random::hash_bytes(described.as_bytes())));
     if is_store(&store) {
@@ -50,6 +43,7 @@ pub(crate) fn build(files: &[PathBuf], model: &Path, spec: &ModelSpec, cache: &P
     // Only a token that the tokenizer itself puts in front begins a document.
     let begin = defaults.bos_id.filter(|b| text.encode("", true).is_ok_and(|ids| ids.first() == Some(b)));
     std::fs::create_dir_all(cache).with_context(|| cache.display().to_string())?;
+    remove_unfinished(cache)?;
     let spinner = progress::spinner(&format!("encoding {} files", files.len()));
     let mut writer = StoreWriter::create(&store, &described)?;
     let inputs: Vec<(&PathBuf, Option<Format>)> = files.iter().map(|f| (f, None)).collect();
@@ -71,7 +65,6 @@ pub(crate) struct Data {
 /// Opens a store: all documents, or those of one source, in sequences of `length`, in an order that `seed` decides.
 pub(crate) fn open(
     store: &Path,
-    files: &[PathBuf],
     source: Option<u32>,
     length: usize,
     seed: Option<u64>,
@@ -81,14 +74,13 @@ pub(crate) fn open(
         bail!("--length is {length}, the model's context is {}", spec.context_len);
     }
     let store = TokenStore::open(store)?;
-    let long = long(files)?;
+    let long = LongDocument::ByDocument;
     let options = PackOptions { length, long, validation: 0.0, validation_part: false, source };
     let packed = Packed::new(&store, &options)?;
-    let described = store.description().to_owned();
+    let (documents, tokens) = (store.num_documents(), store.num_tokens());
+    let description = format!("{}; {documents} documents, {tokens} tokens", store.description());
     let truncated = packed.num_truncated();
-    let order = if seed.is_some() { "" } else { ", in order" };
-    let loader = Loader::new(store, packed, seed);
-    Ok(Data { loader, description: format!("{described}; sequences of {length}{order}"), truncated })
+    Ok(Data { loader: Loader::new(store, packed, seed), description, truncated })
 }
 
 /// Names of domains: of each file without its extension, or of the store.
@@ -103,4 +95,19 @@ pub(crate) fn domains(files: &[PathBuf]) -> Vec<(String, Option<u32>)> {
         name.split('.').next().unwrap_or_default().to_owned()
     };
     files.iter().zip(0u32..).map(|(f, i)| (name(f), Some(i))).collect()
+}
+
+/// A hash of the weights in a model directory.
+pub(crate) fn weights_fingerprint(dir: &Path) -> Result<u64> {
+    let entries = std::fs::read_dir(dir).with_context(|| dir.display().to_string())?;
+    let mut files = vec![];
+    for entry in entries {
+        let path = entry.with_context(|| dir.display().to_string())?.path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            files.push(path);
+        }
+    }
+    files.sort();
+    let sums = files.iter().map(|f| Ok(fingerprint(f)?)).collect::<Result<Vec<u64>>>()?;
+    Ok(occult_train::random::key(&sums))
 }

@@ -2,8 +2,10 @@
 
 mod data;
 mod output;
+mod placement;
 mod report;
 mod run;
+mod waiting;
 
 pub(crate) use report::read as read_for_report;
 pub(crate) use run::{Start, run};

@@ -3,26 +3,56 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
-use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile, PlacementMeta};
+use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile};
 use occult_model::StoredDtype;
-use occult_plan::Placement;
 use occult_train::model::MoeModel;
 use serde_json::Value;
 
+use super::Start;
 use crate::train_args::TrainArgs;
 
-/// Files beside the weights that are taken over as they are.
-const TAKEN: [&str; 7] = [
+/// The placement beside `occult.json`.
+const PLACEMENT: &str = "placement.json";
+
+/// What a configuration that training begins with has beside it for a model; other files there are its own business.
+const TAKEN: [&str; 10] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
 ];
+
+/// Errors unless the directory `to` can take a model made from `from` without anything of value being overwritten.
+pub(crate) fn check(from: Start<'_>, to: &Path) -> Result<()> {
+    if to.exists() && !to.is_dir() {
+        bail!("{}: is a file, expected a directory for the model", to.display());
+    }
+    let resolved = |p: &Path| p.canonicalize().ok();
+    if resolved(to).is_some_and(|to| Some(to) == resolved(from.dir())) {
+        bail!(
+            "{}: is the directory that is read, {}; the model needs a directory of its own",
+            to.display(),
+            from.dir().display()
+        );
+    }
+    let holds = |name: &str| to.join(name).exists();
+    // Programs would go on reading the files that an index names.
+    let found = ["model.safetensors.index.json", "model.safetensors"].into_iter().find(|name| holds(name));
+    match found {
+        Some(name) if name.ends_with(".json") || !holds("training/latest") => {
+            bail!("{}: holds {name}, a model that no run here has made; give a new directory", to.display())
+        }
+        _ => Ok(()),
+    }
+}
 
 fn name(dtype: StoredDtype) -> &'static str {
     match dtype {
@@ -33,39 +63,31 @@ fn name(dtype: StoredDtype) -> &'static str {
 }
 
 /// Records placement, limit and bias where there are any; removes what an earlier run has recorded.
-pub(crate) fn limit(to: &Path, model: &MoeModel, args: &TrainArgs) -> Result<()> {
-    const PLACEMENT: &str = "placement.json";
-    let (ranks, spec) = (model.ranks(), model.model().spec());
+pub(crate) fn limit(to: &Path, model: &MoeModel, placement: &PlacementFile, args: &TrainArgs) -> Result<()> {
     let selection_bias = model.selection_bias().map(<[_]>::to_vec);
-    if args.placement.is_none() && args.max_ranks.is_none() && !model.was_replaced() {
+    let replaced = model.was_replaced();
+    if args.max_ranks.is_none() && !replaced && super::placement::is_equal_runs(placement) {
         if let Some(bias) = selection_bias {
             return Ok(LimitFile::of_bias(bias).write(to)?);
         }
         let old = to.join(LIMIT_FILE);
         return if old.is_file() { fs::remove_file(&old).context("removing an old limit") } else { Ok(()) };
     }
-    let file = match &args.placement {
-        Some(path) if !model.was_replaced() => PlacementFile::read(path)?,
-        _ => {
-            let meta = PlacementMeta {
-                layer_ids: spec.moe_layers().map(|l| l as u32).collect(),
-                num_hidden_layers: Some(spec.layers.len() as u32),
-                method: if model.was_replaced() { "search while training" } else { "contiguous" }.into(),
-                ..PlacementMeta::default()
-            };
-            PlacementFile::new(meta, Placement::new(ranks.topology(), ranks.layers().to_vec())?)?
-        }
-    };
-    file.write(&to.join(PLACEMENT))?;
+    if replaced {
+        super::placement::searched(placement, model.ranks())?.write(&to.join(PLACEMENT))?;
+    } else {
+        placement.write(&to.join(PLACEMENT))?;
+    }
     let rule = args.rule.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
     let mut limit = LimitFile::new(PLACEMENT, args.max_ranks, &rule, args.keep_mass);
     limit.selection_bias = selection_bias;
     Ok(limit.write(to)?)
 }
 
-/// Writes configuration and tokenizer of the model directory `from` into `to`.
-pub(crate) fn configuration(from: &Path, to: &Path, dtype: StoredDtype) -> Result<()> {
-    let path = from.join("config.json");
+/// Writes configuration, tokenizer and what else lies beside the weights into `to`: of a model all of it, as `convert` does.
+pub(crate) fn configuration(from: Start<'_>, to: &Path, dtype: StoredDtype) -> Result<()> {
+    let dir = from.dir();
+    let path = dir.join("config.json");
     let text = fs::read(&path).with_context(|| path.display().to_string())?;
     let mut config: Value = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
     if let Some(config) = config.as_object_mut() {
@@ -75,12 +97,26 @@ pub(crate) fn configuration(from: &Path, to: &Path, dtype: StoredDtype) -> Resul
     }
     let text = serde_json::to_vec_pretty(&config)?;
     occult_formats::write_atomic(&to.join("config.json"), &text)?;
-    for file in TAKEN.iter().filter(|f| from.join(f).is_file()) {
-        let (from, to) = (from.join(file), to.join(file));
-        let same = from.canonicalize().ok().zip(to.canonicalize().ok()).is_some_and(|(a, b)| a == b);
-        if !same {
-            fs::copy(&from, &to).with_context(|| format!("copying {}", from.display()))?;
+    // The limit is this run's own.
+    let own = ["config.json", LIMIT_FILE, PLACEMENT];
+    for from_file in occult_model::files_beside_weights(dir)? {
+        let Some(name) = from_file.file_name() else { continue };
+        let taken = match from {
+            Start::Random(_) => TAKEN.iter().any(|n| name == *n),
+            Start::Model(_) => !own.iter().any(|n| name == *n),
+        };
+        if taken {
+            copy(&from_file, &to.join(name))?;
         }
     }
     Ok(())
+}
+
+/// Copies a file; it appears under its name when it is complete.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let doing = || format!("copying {} to {}", from.display(), to.display());
+    let mut source = fs::File::open(from).with_context(doing)?;
+    occult_formats::write_atomic_with(to, |file| {
+        std::io::copy(&mut source, file).map(|_| ()).with_context(doing)
+    })
 }

@@ -1,16 +1,16 @@
 //! From arguments to a trained model.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use indicatif::ProgressBar;
 use occult_comm::Communicator;
-use occult_formats::PlacementFile;
 use occult_model::hf::{ExpertLayout, TrainingDefaults, read_spec};
 use occult_model::{LoadOptions, ModelFiles, ModelSpec, StoredDtype, Threads};
-use occult_moe::PruneRule as Rule;
+use occult_train::TrainError;
 use occult_train::checkpoint::DiskFiles;
 use occult_train::data::Loader;
 use occult_train::log::Entry;
@@ -21,9 +21,8 @@ use occult_train::schedule::{LimitSchedule, Schedule};
 use occult_train::trainer::{Guard, Options, Outcome, Trainer, Validation};
 use serde_json::json;
 
-use super::{data, output};
-use crate::args::PruneRule;
-use crate::exit::Usage;
+use super::waiting::on_first;
+use super::{data, output, placement};
 use crate::output::{print, print_json, seconds};
 use crate::train_args::{AuxLossOver, TrainArgs, Trained};
 use crate::world::run_world;
@@ -39,7 +38,7 @@ pub(crate) enum Start<'a> {
 }
 
 impl<'a> Start<'a> {
-    fn dir(self) -> &'a Path {
+    pub(super) fn dir(self) -> &'a Path {
         match self {
             Start::Random(dir) | Start::Model(dir) => dir,
         }
@@ -52,15 +51,21 @@ pub(crate) fn run(start: Start<'_>, args: &TrainArgs) -> Result<()> {
     if spec.moe_layers().next().is_none() {
         bail!("{}: has no MoE layer", start.dir().display());
     }
+    output::check(start, &args.output)?;
     if args.resume && !args.output.join("training").is_dir() {
         bail!("{}: has no run to resume", args.output.display());
     }
-    // Before ranks wait for each other: encoding can take longer than they would.
+    // At once where this process has all ranks: an error then speaks of no rank.
     if !args.world.is_mpi() {
         build(args, start.dir(), &spec, &args.output.join("training"))?;
     }
+    // Weights that stay as they are, and those that low-rank updates are added to, are not in checkpoints.
+    let base = match start {
+        Start::Model(dir) if args.trained != Trained::All => Some(data::weights_fingerprint(dir)?),
+        _ => None,
+    };
     let stop = interrupts()?;
-    run_world(&args.world, |comm| train(start, args, &spec, Arc::from(comm), &stop)).map(|_| ())
+    run_world(&args.world, |comm| train(start, args, &spec, base, Arc::from(comm), &stop)).map(|_| ())
 }
 
 /// Set by the first interrupt; the second one ends the program at once.
@@ -75,50 +80,14 @@ fn interrupts() -> Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// The placement of the options, or equal runs over the ranks.
-fn ranks(args: &TrainArgs, spec: &ModelSpec, comm: Arc<dyn Communicator>) -> Result<ExpertRanks> {
-    let layers = spec.moe_layers().count();
-    let rule = match args.rule {
-        PruneRule::RouterScore => Rule::RouterScore,
-        PruneRule::BestMass => Rule::BestMass,
-        PruneRule::Similarity => {
-            return Err(Usage(
-                "--rule similarity needs a table of similar experts, which training does not have; \
-                              choose best-mass or router-score"
-                    .into(),
-            )
-            .into());
-        }
-    };
-    let mut promised = None;
-    let ranks = match &args.placement {
-        None => ExpertRanks::contiguous(comm, layers, spec.moe.router.num_experts)?,
-        Some(path) => {
-            let file = PlacementFile::read(path)?;
-            file.check_against(&crate::model::profile_meta(spec, String::new()))
-                .with_context(|| format!("{}: is for another model", path.display()))?;
-            promised = file.meta.figures.as_ref().and_then(|f| f.get("copies_per_token")?.as_f64());
-            let placement = &file.placement;
-            ExpertRanks::placed(comm, placement.topology(), placement.layers().to_vec(), rule)?
-        }
-    };
-    let ranks = ranks.with_keep_mass(args.keep_mass).with_promised_copies(promised);
-    if let Some(max) = args.max_ranks {
-        let num_ranks = ranks.topology().num_ranks();
-        if max > num_ranks {
-            bail!("--max-ranks is {max}, the placement has {num_ranks} ranks");
-        }
-        ranks.check_limit(max, &spec.moe.router).context("--max-ranks")?;
-    }
-    Ok(ranks)
-}
-
 fn options(
     args: &TrainArgs,
     start: Start<'_>,
     ranks: &ExpertRanks,
     loader: &Loader,
     data: String,
+    more: BTreeMap<String, String>,
+    spec: &ModelSpec,
 ) -> Result<Options> {
     let batch = (args.batch_tokens / args.length).max(1);
     let sequences = loader.packed().num_sequences() as f64;
@@ -142,10 +111,15 @@ fn options(
         batch,
         seed: args.seed,
         data,
+        more,
         micro_batch: args.micro_batch,
         checkpoint_every: args.checkpoint_every,
         keep: args.keep,
-        guard: Guard { factor: args.diverged_above, ..Guard::default() },
+        guard: Guard {
+            factor: args.diverged_above,
+            uniform: Some((spec.vocab_size as f64).ln()),
+            ..Guard::default()
+        },
     })
 }
 
@@ -172,6 +146,7 @@ fn train(
     start: Start<'_>,
     args: &TrainArgs,
     spec: &ModelSpec,
+    base: Option<u64>,
     comm: Arc<dyn Communicator>,
     stop: &AtomicBool,
 ) -> Result<()> {
@@ -179,20 +154,17 @@ fn train(
     let lead = comm.rank() == 0;
     let dir = start.dir();
     let training = args.output.join("training");
-    let ranks = ranks(args, spec, comm.clone())?;
+    let (ranks, placement) = placement::ranks(args, &crate::model::name(dir), spec, &training, comm.clone())?;
     // Rank 0 encodes; the others open what it has left.
-    if lead {
-        build(args, dir, spec, &training)?;
-    }
-    comm.barrier("encoding data")?;
+    on_first(&*comm, "encoding data", || build(args, dir, spec, &training))?;
     let store = data::build(&args.data, dir, spec, &training)?;
     let seed = (!args.in_order).then_some(args.seed);
-    let data = data::open(&store, &args.data, None, args.length, seed, spec)?;
+    let data = data::open(&store, None, args.length, seed, spec)?;
     let mut sets = vec![];
     if !args.eval_data.is_empty() {
         let store = data::build(&args.eval_data, dir, spec, &training)?;
         for (name, source) in data::domains(&args.eval_data) {
-            let held_out = data::open(&store, &args.eval_data, source, args.length, seed, spec)?;
+            let held_out = data::open(&store, source, args.length, seed, spec)?;
             sets.push((name, held_out.loader));
         }
     }
@@ -202,9 +174,15 @@ fn train(
 
     let defaults = TrainingDefaults::read(dir)?;
     let how = model_options(args, defaults);
-    let description =
-        format!("{}; {}", data.description, json!([args.trained_text(), how.balance_coefficient]));
-    let options = options(args, start, &ranks, &data.loader, description)?;
+    let mut more: BTreeMap<String, String> =
+        args.identity().into_iter().map(|(option, value)| (option.to_owned(), value)).collect();
+    more.insert("--aux-loss".into(), how.balance_coefficient.to_string());
+    more.insert("--aux-loss-over".into(), format!("{:?}", how.balance));
+    more.insert("--placement".into(), placement::identity(&placement));
+    if let Some(base) = base {
+        more.insert("weights of MODEL".into(), format!("{base:016x}"));
+    }
+    let options = options(args, start, &ranks, &data.loader, data.description, more, spec)?;
     let here = comm.host_of_rank();
     let sharing = here.iter().filter(|host| **host == here[comm.rank()]).count();
     let threads = Threads::new((setup::threads(args.threads) / sharing).max(1));
@@ -242,6 +220,10 @@ fn train(
             sequences: args.eval_sequences,
         });
     }
+    // Not before it is certain that no other run is there.
+    if lead && !args.resume {
+        placement.write(&placement::kept(&training))?;
+    }
     let from = trainer.state().step;
     let bar = if lead { progress::training(steps, from) } else { ProgressBar::hidden() };
     let mut last = None;
@@ -251,6 +233,10 @@ fn train(
             stop.store(true, Ordering::Relaxed);
         }
         last = Some(entry.clone());
+    });
+    let outcome = outcome.map_err(|e| match e {
+        TrainError::NotSaved { last_good: Some(_), .. } => anyhow!("{e}; go on from it with --resume"),
+        e => e.into(),
     })?;
     let state = trainer.state().clone();
     bar.finish_and_clear();
@@ -259,11 +245,14 @@ fn train(
         Outcome::Finished(path) => (true, path),
         Outcome::Stopped(path) => (false, path),
     };
+    // Each file appears complete; the limit comes last, for the weights that it is about.
     if lead {
-        output::configuration(dir, &args.output, dtype)?;
-        output::limit(&args.output, &model, args)?;
+        output::configuration(start, &args.output, dtype)?;
     }
     model.write(&args.output, layout, dtype)?;
+    if lead {
+        output::limit(&args.output, &model, &placement, args)?;
+    }
     comm.barrier("writing the model")?;
     if !lead {
         return Ok(());

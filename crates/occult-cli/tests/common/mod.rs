@@ -7,6 +7,7 @@
 pub(crate) mod files;
 pub(crate) mod measure;
 pub(crate) mod models;
+pub(crate) mod room;
 pub(crate) mod rows;
 
 use std::path::{Path, PathBuf};

@@ -4,12 +4,15 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
+/// Puts the content of a file into it.
+pub type Fill<'a> = dyn FnMut(&mut dyn Write) -> io::Result<()> + 'a;
+
 /// What writing a checkpoint needs of a file system.
 pub trait Files: Send + Sync {
     /// Creates a directory with its parents; no error where it exists.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
-    /// Writes a file from pieces and flushes it to the disk.
-    fn write(&self, path: &Path, pieces: &mut dyn Iterator<Item = &[u8]>) -> io::Result<()>;
+    /// Writes a file with what `fill` puts into it, piece by piece, and flushes it to the disk.
+    fn write(&self, path: &Path, fill: &mut Fill<'_>) -> io::Result<()>;
     /// Renames a file or directory; replaces a file of that name in one step.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Flushes a directory's entries to the disk.
@@ -27,12 +30,10 @@ impl Files for DiskFiles {
         fs::create_dir_all(path)
     }
 
-    fn write(&self, path: &Path, pieces: &mut dyn Iterator<Item = &[u8]>) -> io::Result<()> {
-        let mut file = File::create(path)?;
-        for piece in pieces {
-            file.write_all(piece)?;
-        }
-        file.sync_all()
+    fn write(&self, path: &Path, fill: &mut Fill<'_>) -> io::Result<()> {
+        let mut file = Flushed { file: File::create(path)?, pending: 0 };
+        fill(&mut file)?;
+        file.file.sync_all()
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -49,5 +50,31 @@ impl Files for DiskFiles {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         }
+    }
+}
+
+/// Bytes that are written between two moments at which ranks meet, or the disk is waited for: a wait for more could outlast
+/// the patience of the others.
+pub(crate) const STRETCH_BYTES: u64 = 256 << 20;
+
+/// A file that is flushed to the disk now and then, so that the end of a large one is not one long wait.
+struct Flushed {
+    file: File,
+    pending: u64,
+}
+
+impl Write for Flushed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.file.write(bytes)?;
+        self.pending += n as u64;
+        if self.pending >= STRETCH_BYTES {
+            self.pending = 0;
+            self.file.sync_data()?;
+        }
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
     }
 }

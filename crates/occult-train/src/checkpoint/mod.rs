@@ -7,7 +7,8 @@
 //! 1. every rank writes its files into `step-00000100.partial`;
 //! 2. after a barrier rank 0 reads all ranks' notes, writes `checkpoint.json` there and renames the directory;
 //! 3. rank 0 replaces `latest` by a rename: from here on the new checkpoint counts;
-//! 4. rank 0 removes checkpoints beyond the number to keep, never the one that `latest` names.
+//! 4. rank 0 removes checkpoints beyond the number to keep, never the one that `latest` names, nor the newest one from before
+//!    the loss rose.
 //!
 //! Whatever is interrupted, `latest` names a complete checkpoint.
 
@@ -16,15 +17,20 @@ mod read;
 mod shard;
 mod write;
 
-pub use files::{DiskFiles, Files};
+pub use files::{DiskFiles, Files, Fill};
 pub use read::{Checkpoint, latest};
 pub use shard::{Kind, Saved};
+pub(crate) use write::name;
 pub use write::{Writer, remove_partial};
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::trainer::Losses;
+
 /// Version of the format that this program writes and reads.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// Where a run stands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,10 +45,13 @@ pub struct State {
     pub seed: u64,
     /// What the model is: its architecture, by whatever text identifies it.
     pub model: String,
-    /// Hash of the options that must not change over a run.
-    pub config: String,
-    /// Recent losses, oldest first (the divergence guard's memory).
-    pub recent_losses: Vec<f64>,
+    /// The options that must not change over a run, by name.
+    pub config: BTreeMap<String, String>,
+    /// The divergence guard's memory.
+    pub losses: Losses,
+    /// Step of the newest checkpoint from before any rise of the loss: it is kept.
+    #[serde(default)]
+    pub good: Option<u64>,
     /// Steps in a row that were not taken because the gradients were not finite.
     #[serde(default)]
     pub skipped: u32,

@@ -1,5 +1,6 @@
 //! Reading checkpoints, also with another number of ranks or another placement of the experts.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -83,16 +84,22 @@ impl Checkpoint {
         self.shards.len()
     }
 
-    /// Errors unless it belongs to this model and configuration.
-    pub fn check(&self, model: &str, config: &str) -> Result<()> {
-        for (what, found, expected) in
-            [("model", &self.state.model, model), ("configuration", &self.state.config, config)]
-        {
-            if found != expected {
-                return Err(TrainError::other(&self.path, what, found.clone(), expected.into()));
-            }
+    /// Errors unless it belongs to this model and configuration; names the options that differ, with both values.
+    pub fn check(&self, model: &str, config: &BTreeMap<String, String>) -> Result<()> {
+        if self.state.model != model {
+            return Err(TrainError::other(&self.path, "model", self.state.model.clone(), model.into()));
         }
-        Ok(())
+        let saved = &self.state.config;
+        let names: BTreeSet<&String> = saved.keys().chain(config.keys()).collect();
+        let differ = || names.iter().filter(|n| saved.get(**n) != config.get(**n));
+        let words = |of: &BTreeMap<String, String>| {
+            let word = |n: &&String| format!("{n} {}", of.get(*n).map_or("not given", String::as_str));
+            differ().map(word).collect::<Vec<_>>().join(", ")
+        };
+        match differ().next() {
+            None => Ok(()),
+            Some(_) => Err(TrainError::other(&self.path, "configuration", words(saved), words(config))),
+        }
     }
 
     /// Weights, first and second moment of a parameter: all of a replicated one, the slices of the given experts (in their

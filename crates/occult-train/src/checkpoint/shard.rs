@@ -21,7 +21,7 @@ pub enum Kind {
     Experts(Vec<u32>),
 }
 
-/// A parameter as it is saved.
+/// A parameter as it is saved; its master weights are asked for when they are written.
 #[derive(Debug, Clone, Copy)]
 pub struct Saved<'a> {
     /// Its name.
@@ -30,8 +30,6 @@ pub struct Saved<'a> {
     pub shape: &'a [usize],
     /// Who has it.
     pub kind: &'a Kind,
-    /// Master weights.
-    pub weights: &'a [f32],
     /// First moment.
     pub mean: &'a [f32],
     /// Second moment.
@@ -40,20 +38,21 @@ pub struct Saved<'a> {
 
 pub(crate) const SUFFIXES: [&str; 3] = ["", ".exp_avg", ".exp_avg_sq"];
 
-/// Length and header (with its length in front) of a shard. Rank 0 saves the replicated parameters, others only experts.
-pub(crate) fn layout<'a>(rank: usize, saved: &[Saved<'a>]) -> Result<(Vec<u8>, Vec<&'a [u8]>)> {
+/// Header of a shard with its length in front, which parameters of `saved` are in it, in this order, and its length in bytes.
+/// Rank 0 saves the replicated parameters, others only experts.
+pub(crate) fn layout(rank: usize, saved: &[Saved<'_>]) -> Result<(Vec<u8>, Vec<usize>, u64)> {
     let mut header = Map::new();
     let mut experts = BTreeMap::new();
-    let mut pieces: Vec<&'a [u8]> = vec![];
+    let mut written = vec![];
     let mut offset = 0u64;
-    for s in saved {
+    for (i, s) in saved.iter().enumerate() {
         let len: usize = s.shape.iter().product();
         let slices = match s.kind {
             Kind::Experts(ids) => Some(ids.len()),
             Kind::Replicated => None,
         };
         if slices.is_some_and(|n| s.shape.first() != Some(&n))
-            || [s.weights, s.mean, s.square].iter().any(|v| v.len() != len)
+            || [s.mean, s.square].iter().any(|v| v.len() != len)
         {
             let message =
                 format!("parameter {}: shape {:?} does not fit its values or experts", s.name, s.shape);
@@ -66,16 +65,15 @@ pub(crate) fn layout<'a>(rank: usize, saved: &[Saved<'a>]) -> Result<(Vec<u8>, V
                 experts.insert(s.name, ids);
             }
         }
-        for (suffix, values) in SUFFIXES.iter().zip([s.weights, s.mean, s.square]) {
-            let bytes: &[u8] = bytemuck::cast_slice(values);
-            let end = offset + bytes.len() as u64;
+        for suffix in SUFFIXES {
+            let end = offset + 4 * len as u64;
             let entry = json!({ "dtype": "F32", "shape": s.shape, "data_offsets": [offset, end] });
             if header.insert(format!("{}{suffix}", s.name), entry).is_some() {
                 return Err(TrainError::request(format!("two parameters are called {}", s.name)));
             }
-            pieces.push(bytes);
             offset = end;
         }
+        written.push(i);
     }
     let failed = |e: serde_json::Error| TrainError::request(e.to_string());
     let experts = serde_json::to_string(&experts).map_err(failed)?;
@@ -84,7 +82,8 @@ pub(crate) fn layout<'a>(rank: usize, saved: &[Saved<'a>]) -> Result<(Vec<u8>, V
     text.resize(text.len().next_multiple_of(8), b' ');
     let mut head = (text.len() as u64).to_le_bytes().to_vec();
     head.extend(text);
-    Ok((head, pieces))
+    let bytes = head.len() as u64 + offset;
+    Ok((head, written, bytes))
 }
 
 /// An open shard.

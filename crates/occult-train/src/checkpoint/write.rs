@@ -1,8 +1,9 @@
 //! Writing checkpoints; see the module above for the order.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::files::Files;
+use crate::checkpoint::files::{Files, STRETCH_BYTES};
 use crate::checkpoint::read::{LATEST, MANIFEST, latest, read_json};
 use crate::checkpoint::shard::{Saved, layout};
 use crate::checkpoint::{Manifest, ShardNote, State, VERSION};
@@ -21,7 +22,10 @@ impl std::fmt::Debug for Writer<'_> {
     }
 }
 
-fn name(step: u64) -> String {
+/// Most bytes that are written at once.
+const PIECE_BYTES: usize = 8 << 20;
+
+pub(crate) fn name(step: u64) -> String {
     format!("step-{step:08}")
 }
 
@@ -43,8 +47,9 @@ impl<'a> Writer<'a> {
         Self { dir: dir.to_owned(), keep: keep.max(1), files }
     }
 
-    fn write(&self, path: &Path, pieces: &mut dyn Iterator<Item = &[u8]>) -> Result<()> {
-        self.files.write(path, pieces).map_err(|e| TrainError::io("write", path, e))
+    fn write(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let written = self.files.write(path, &mut |file| file.write_all(bytes));
+        written.map_err(|e| TrainError::io("write", path, e))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
@@ -55,20 +60,91 @@ impl<'a> Writer<'a> {
         self.files.sync_dir(dir).map_err(|e| TrainError::io("flush", dir, e))
     }
 
-    /// Every rank: writes its shard of the checkpoint of step `step`. Nothing counts until [`Writer::commit`].
-    pub fn write_shard(&self, step: u64, rank: usize, saved: &[Saved<'_>]) -> Result<()> {
+    /// Every rank: writes its shard of the checkpoint of step `step`; `weights` gives the master weights of the parameter
+    /// with this place in `saved`. Nothing counts until [`Writer::commit`].
+    ///
+    /// Shards can be large and of different lengths, and nobody waits for ever: `meet` is called equally often on all ranks,
+    /// between stretches of writing, also after a failure. `most` makes the greatest number of the ranks' out of one's own.
+    pub fn write_shard<'w>(
+        &self,
+        step: u64,
+        rank: usize,
+        saved: &[Saved<'_>],
+        weights: &dyn Fn(usize) -> Result<Cow<'w, [f32]>>,
+        most: &dyn Fn(u64) -> Result<u64>,
+        meet: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let laid_out = layout(rank, saved);
+        let bytes = laid_out.as_ref().map_or(0, |(_, _, bytes)| *bytes);
+        let mut left = most(bytes / STRETCH_BYTES)?;
+        let mut met = Ok(());
+        let written = laid_out.and_then(|(head, parameters, bytes)| {
+            let mut until = STRETCH_BYTES;
+            let mut wrote = |so_far: u64| {
+                while so_far >= until && left > 0 && met.is_ok() {
+                    met = meet();
+                    (until, left) = (until + STRETCH_BYTES, left - 1);
+                }
+            };
+            self.write_files(step, rank, saved, (&head, &parameters, bytes), weights, &mut wrote)
+        });
+        while left > 0 && met.is_ok() {
+            met = meet();
+            left -= 1;
+        }
+        met.and(written)
+    }
+
+    fn write_files<'w>(
+        &self,
+        step: u64,
+        rank: usize,
+        saved: &[Saved<'_>],
+        (head, parameters, bytes): (&[u8], &[usize], u64),
+        weights: &dyn Fn(usize) -> Result<Cow<'w, [f32]>>,
+        wrote: &mut dyn FnMut(u64),
+    ) -> Result<()> {
         let dir = self.dir.join(name(step) + ".partial");
         self.files.create_dir(&dir).map_err(|e| TrainError::io("create", &dir, e))?;
-        let (head, pieces) = layout(rank, saved)?;
-        let all = || std::iter::once(head.as_slice()).chain(pieces.iter().copied());
-        let mut crc = crc32fast::Hasher::new();
-        all().for_each(|piece| crc.update(piece));
         let file = format!("rank-{rank:04}.safetensors");
-        let bytes = all().map(|p| p.len() as u64).sum();
-        self.write(&dir.join(&file), &mut all())?;
+        let path = dir.join(&file);
+        let mut crc = crc32fast::Hasher::new();
+        let mut wrong = None;
+        let mut so_far = 0;
+        let filled = self.files.write(&path, &mut |out| {
+            (crc, so_far) = (crc32fast::Hasher::new(), 0);
+            let mut put = |bytes: &[u8]| {
+                for piece in bytes.chunks(PIECE_BYTES) {
+                    crc.update(piece);
+                    out.write_all(piece)?;
+                    so_far += piece.len() as u64;
+                    wrote(so_far);
+                }
+                Ok::<(), std::io::Error>(())
+            };
+            put(head)?;
+            for &i in parameters {
+                let values = weights(i).and_then(|w| match w.len() == saved[i].mean.len() {
+                    true => Ok(w),
+                    false => Err(TrainError::request(format!("{}: {} weights", saved[i].name, w.len()))),
+                });
+                let values = values.map_err(|e| {
+                    wrong = Some(e);
+                    std::io::Error::other("no weights")
+                })?;
+                for values in [&*values, saved[i].mean, saved[i].square] {
+                    put(bytemuck::cast_slice(values))?;
+                }
+            }
+            Ok(())
+        });
+        if let Some(wrong) = wrong {
+            return Err(wrong);
+        }
+        filled.map_err(|e| TrainError::io("write", &path, e))?;
         let note = serde_json::to_vec(&ShardNote { file, bytes, crc32: crc.finalize() });
         let note = note.map_err(|e| TrainError::request(e.to_string()))?;
-        self.write(&dir.join(format!("rank-{rank:04}.json")), &mut std::iter::once(note.as_slice()))
+        self.write(&dir.join(format!("rank-{rank:04}.json")), &note)
     }
 
     /// Rank 0, after every rank has written: completes the checkpoint and makes it the one to go on from. Returns its path.
@@ -86,7 +162,7 @@ impl<'a> Writer<'a> {
         }
         let manifest = Manifest { version: VERSION, shards, state: state.clone() };
         let text = serde_json::to_vec_pretty(&manifest).map_err(|e| TrainError::request(e.to_string()))?;
-        self.write(&partial.join(MANIFEST), &mut std::iter::once(text.as_slice()))?;
+        self.write(&partial.join(MANIFEST), &text)?;
         self.sync(&partial)?;
         let last = self.dir.join(name(state.step));
         if last.exists() {
@@ -106,15 +182,15 @@ impl<'a> Writer<'a> {
         }
         self.sync(&self.dir)?;
         let new = self.dir.join("latest.new");
-        self.write(&new, &mut std::iter::once(name(state.step).as_bytes()))?;
+        self.write(&new, name(state.step).as_bytes())?;
         self.rename(&new, &self.dir.join(LATEST))?;
         self.sync(&self.dir)?;
-        self.remove_old(state.step)?;
+        self.remove_old(state.step, state.good)?;
         Ok(last)
     }
 
-    /// Removes checkpoints before step `newest` beyond the number to keep.
-    fn remove_old(&self, newest: u64) -> Result<()> {
+    /// Removes checkpoints before step `newest` beyond the number to keep, but not the one of step `good`.
+    fn remove_old(&self, newest: u64, good: Option<u64>) -> Result<()> {
         let entries = std::fs::read_dir(&self.dir).map_err(|e| TrainError::io("list", &self.dir, e))?;
         let mut steps: Vec<u64> = entries
             .flatten()
@@ -122,7 +198,7 @@ impl<'a> Writer<'a> {
             .filter(|step| *step < newest)
             .collect();
         steps.sort_unstable_by(|a, b| b.cmp(a));
-        for &step in steps.iter().skip(self.keep - 1) {
+        for &step in steps.iter().skip(self.keep - 1).filter(|step| Some(**step) != good) {
             // Renamed first: a checkpoint that is half removed must not look like one.
             let old = self.dir.join(name(step) + ".old");
             self.rename(&self.dir.join(name(step)), &old)?;

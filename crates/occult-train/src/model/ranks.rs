@@ -11,8 +11,9 @@ use crate::trainer::Group;
 
 /// Where the experts of every MoE layer live, and who computes.
 ///
-/// The placement's ranks are those that a token's visits are counted and limited by. The ranks that compute can be fewer:
-/// each then takes a run of the placement's, so that what is learned does not depend on how many there are.
+/// The placement's ranks are those that a token's visits are counted and limited by. The ranks that compute can be fewer or
+/// more: each then takes a run of the placement's, or of one's experts, so that what is learned does not depend on how many
+/// there are.
 #[derive(Debug, Clone)]
 pub struct ExpertRanks {
     comm: Arc<dyn Communicator>,
@@ -41,20 +42,14 @@ impl ExpertRanks {
         Self::placed(comm, topology, vec![layer; num_layers], PruneRule::BestMass)
     }
 
-    /// Experts as a placement says, one table per MoE layer. The placement's number of ranks must be a multiple of the
-    /// communicator's.
+    /// Experts as a placement says, one table per MoE layer.
     pub fn placed(
         comm: Arc<dyn Communicator>,
         topology: Topology,
         layers: Vec<LayerPlacement>,
         rule: PruneRule,
     ) -> Result<Self> {
-        let (ranks, world) = (topology.num_ranks(), comm.world_size());
-        if !ranks.is_multiple_of(world) {
-            let message =
-                format!("a placement over {ranks} ranks on {world} ranks: expected a multiple of {world}");
-            return Err(TrainError::request(message));
-        }
+        let ranks = topology.num_ranks();
         if let Some(layer) = layers.iter().find(|l| l.num_ranks() != ranks) {
             let found = layer.num_ranks();
             return Err(TrainError::request(format!("a layer placed over {found} ranks, not {ranks}")));
@@ -135,9 +130,21 @@ impl ExpertRanks {
     /// Which rank computes which expert: one each, so that there is one copy of an expert to train.
     pub(super) fn computed(&self, moe_layer: usize) -> Result<LayerPlacement> {
         let (layer, world) = (self.layer(moe_layer)?, self.comm.world_size());
-        let each = self.topology.num_ranks() / world;
-        let ranks: Vec<Rank> =
-            (0..layer.num_experts()).map(|e| layer.first_rank_of(e as ExpertId) / each as Rank).collect();
+        let placed = self.topology.num_ranks();
+        let mut ranks = vec![0 as Rank; layer.num_experts()];
+        for rank in 0..placed {
+            // The ranks that compute for this one; the first of them alone where there are not more than placed ones.
+            let (first, end) = (rank * world / placed, (rank + 1) * world / placed);
+            let firsts = (0..layer.num_experts() as ExpertId)
+                .filter(|&e| usize::from(layer.first_rank_of(e)) == rank)
+                .collect::<Vec<_>>();
+            let parts = end.saturating_sub(first).max(1);
+            for part in 0..parts {
+                for &e in &firsts[crate::data::share(firsts.len(), part, parts)] {
+                    ranks[usize::from(e)] = (first + part) as Rank;
+                }
+            }
+        }
         LayerPlacement::from_expert_ranks(world, &ranks).map_err(|e| TrainError::model("placing experts", e))
     }
 
@@ -168,5 +175,36 @@ impl Group for CommGroup {
     fn sum_f64(&self, values: &mut [f64]) -> Result<()> {
         let sum = self.0.all_reduce_sum_f64("figures of a training step", values);
         sum.map_err(|e| TrainError::model("adding figures", e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use occult_comm::{ThreadOptions, run_threads};
+
+    /// The computing rank of each of 12 experts that are placed in runs over `placed` ranks.
+    fn computed(placed: usize, world: usize) -> Vec<usize> {
+        let runs: Vec<Vec<ExpertId>> =
+            (0..placed).map(|r| crate::data::share(12, r, placed).map(|e| e as ExpertId).collect()).collect();
+        let layer = LayerPlacement::from_rank_experts(12, &runs).unwrap();
+        let results = run_threads(world, &ThreadOptions::default(), |comm| {
+            let topology = Topology::flat(placed).unwrap();
+            let ranks =
+                ExpertRanks::placed(Arc::from(comm), topology, vec![layer.clone()], PruneRule::BestMass)?;
+            let layer = ranks.computed(0)?;
+            Ok::<_, TrainError>((0..12).map(|e| usize::from(layer.first_rank_of(e))).collect())
+        });
+        results.all().unwrap().swap_remove(0)
+    }
+
+    #[test]
+    fn any_number_of_ranks_computes_for_a_placement() {
+        assert_eq!(computed(4, 4), [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]);
+        assert_eq!(computed(4, 2), [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]);
+        assert_eq!(computed(4, 3), [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2]);
+        assert_eq!(computed(2, 4), [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]);
+        assert_eq!(computed(2, 5), [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4]);
+        assert_eq!(computed(3, 1), [0; 12]);
     }
 }

@@ -13,6 +13,6 @@ mod guard;
 mod model;
 mod run;
 
-pub use guard::Guard;
+pub use guard::{Guard, Losses};
 pub use model::{BatchReport, Group, ParameterInfo, Solo, TrainableModel, Visitor};
 pub use run::{Options, Outcome, Trainer, Validation};

@@ -7,14 +7,13 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoint, Files, Kind, Saved, State, Writer, latest, remove_partial};
+use crate::checkpoint::{Checkpoint, Files, Kind, Saved, State, Writer, latest, name, remove_partial};
 use crate::data::{Loader, share};
 use crate::error::{Result, TrainError};
 use crate::log::{Entry, Log};
 use crate::optim::{AdamW, Clip, Moments, StepRates, clip, squared_norm};
-use crate::random::hash_bytes;
 use crate::schedule::{LimitSchedule, Schedule};
-use crate::trainer::{BatchReport, Group, Guard, TrainableModel};
+use crate::trainer::{BatchReport, Group, Guard, Losses, TrainableModel};
 
 /// What a run does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -33,6 +32,8 @@ pub struct Options {
     pub seed: u64,
     /// What the data are, in words: it must be the same when a run is resumed.
     pub data: String,
+    /// Whatever else decides the numbers of a run, by name.
+    pub more: BTreeMap<String, String>,
     /// Sequences that a rank takes at once; bounds memory. Not part of a run's identity.
     pub micro_batch: usize,
     /// Steps between checkpoints; one more at the end and when stopped.
@@ -65,11 +66,25 @@ impl Options {
         Ok(())
     }
 
-    /// Hash of the options that decide the numbers of a run.
-    pub fn identity(&self) -> String {
-        let Self { schedule, adamw, max_norm, limit, batch, seed, data, .. } = self;
-        let text = serde_json::json!([schedule, adamw, max_norm, limit, batch, seed, data]).to_string();
-        format!("{:016x}", hash_bytes(text.as_bytes()))
+    /// The options that decide the numbers of a run, by name.
+    pub fn identity(&self) -> BTreeMap<String, String> {
+        let Self { schedule, adamw, max_norm, limit, batch, seed, data, more, .. } = self;
+        let Schedule { peak, steps, warm_up, decay, final_ratio } = schedule;
+        let limited = |l: &LimitSchedule| format!("{} of {}, annealing {}", l.target, l.ranks, l.fraction);
+        let own = [
+            ("learning rate", peak.to_string()),
+            ("steps", steps.to_string()),
+            ("warm-up", warm_up.to_string()),
+            ("schedule", format!("{decay:?}").to_lowercase()),
+            ("final learning rate", final_ratio.to_string()),
+            ("optimiser", serde_json::json!(adamw).to_string()),
+            ("clipping norm", max_norm.map_or("none".into(), |n| n.to_string())),
+            ("limit", limit.as_ref().map_or("none".into(), limited)),
+            ("sequences of a step", batch.to_string()),
+            ("seed", seed.to_string()),
+            ("data", data.clone()),
+        ];
+        own.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(more.clone()).collect()
     }
 }
 
@@ -129,7 +144,8 @@ impl<'a> Trainer<'a> {
             seed: options.seed,
             model: model.identity(),
             config: options.identity(),
-            recent_losses: vec![],
+            losses: Losses::default(),
+            good: None,
             skipped: 0,
             extra: serde_json::Value::Null,
         };
@@ -262,8 +278,13 @@ impl<'a> Trainer<'a> {
         }
     }
 
+    fn path_of(&self, step: u64) -> PathBuf {
+        self.dir.join(name(step))
+    }
+
     fn diverged(&self, reason: String) -> TrainError {
-        TrainError::Diverged { step: self.state.step + 1, reason, last_good: self.saved.clone() }
+        let last_good = self.state.good.map(|step| self.path_of(step)).filter(|p| p.is_dir());
+        TrainError::Diverged { step: self.state.step + 1, reason, last_good }
     }
 
     /// Takes one step. An error leaves the weights as they were before it.
@@ -306,7 +327,7 @@ impl<'a> Trainer<'a> {
             Clip::Scale { norm: n, scale } if loss.is_finite() => {
                 // Targets can be absent when every answer of a batch is cut off: nothing to judge.
                 if targets > 0.0
-                    && let Some(reason) = self.options.guard.judge(loss, &mut self.state.recent_losses)
+                    && let Some(reason) = self.options.guard.judge(loss, &mut self.state.losses)
                 {
                     return Err(self.diverged(reason));
                 }
@@ -397,36 +418,55 @@ impl<'a> Trainer<'a> {
 
     /// Writes a checkpoint of the present state, on all ranks together. After an error the last good one is still there.
     pub fn save(&mut self) -> Result<PathBuf> {
+        let step = self.state.step;
+        let path = self.path_of(step);
+        // Nothing has changed since: a finished run that is resumed needs no room on the disk.
+        if self.saved.as_ref() == Some(&path) {
+            return Ok(path);
+        }
         self.state.extra = self.model.extra();
+        if self.state.skipped == 0 && self.options.guard.is_calm(&self.state.losses) {
+            self.state.good = Some(step);
+        }
+        let dir = self.dir.clone();
+        let not_saved = |e| {
+            let last_good = latest(&dir).ok().flatten();
+            TrainError::NotSaved { step, source: Box::new(e), last_good }
+        };
         let writer = Writer::new(&self.dir, self.options.keep, self.files);
         let rank = self.group.rank();
         let written = self.write_shard(&writer, rank);
-        self.agree("writing a checkpoint", written)?;
+        self.agree("writing a checkpoint", written).map_err(not_saved)?;
         let committed =
             if rank == 0 { writer.commit(self.group.world_size(), &self.state).map(|_| ()) } else { Ok(()) };
-        self.agree("completing a checkpoint", committed)?;
-        let path = self.dir.join(format!("step-{:08}", self.state.step));
+        self.agree("completing a checkpoint", committed).map_err(not_saved)?;
         self.saved = Some(path.clone());
         Ok(path)
     }
 
     fn write_shard(&self, writer: &Writer<'_>, rank: usize) -> Result<()> {
-        let infos = self.model.parameters();
-        let weights = (0..infos.len()).map(|i| self.model.weights(i)).collect::<Result<Vec<_>>>()?;
-        let saved: Vec<Saved<'_>> = infos
+        let saved: Vec<Saved<'_>> = self
+            .model
+            .parameters()
             .iter()
-            .zip(&weights)
             .zip(&self.moments)
-            .map(|((info, weights), moments)| Saved {
+            .map(|(info, moments)| Saved {
                 name: &info.name,
                 shape: &info.shape,
                 kind: &info.kind,
-                weights,
                 mean: &moments.mean,
                 square: &moments.square,
             })
             .collect();
-        writer.write_shard(self.state.step, rank, &saved)
+        let most = |own: u64| {
+            let mut all = vec![0.0; self.group.world_size()];
+            all[rank] = own as f64;
+            self.group.sum_f64(&mut all)?;
+            Ok(all.into_iter().fold(0.0, f64::max) as u64)
+        };
+        let mut meet = || self.group.sum_f64(&mut [0.0]);
+        let weights = |i: usize| self.model.weights(i);
+        writer.write_shard(self.state.step, rank, &saved, &weights, &most, &mut meet)
     }
 
     /// Steps until all are taken or `stop` is set on any rank (an interrupt handler sets it); then a last checkpoint.

@@ -207,6 +207,7 @@ pub(crate) fn options(steps: u64) -> Options {
         batch: 6,
         seed: 1,
         data: "test".into(),
+        more: Default::default(),
         micro_batch: 2,
         checkpoint_every: 4,
         keep: 2,

@@ -89,6 +89,7 @@ fn options(limit: Option<usize>) -> Options {
         batch: 5,
         seed: 1,
         data: "test".into(),
+        more: Default::default(),
         micro_batch: 2,
         checkpoint_every: 3,
         keep: 2,
@@ -345,17 +346,4 @@ fn impossible_ranks_and_limits_are_refused() {
     let few = ExpertRanks::contiguous(alone(), 1, router.num_experts).expect("ranks");
     let error = MoeModel::read(&files("olmoe"), few, plain()).expect_err("refused").to_string();
     assert!(error.contains("a placement of 1 MoE layers"), "{error}");
-    let results = run_threads(3, &ThreadOptions::default(), |comm| {
-        let layers = ranks("olmoe", alone()).layers().to_vec();
-        let placed = ExpertRanks::placed(
-            Arc::from(comm),
-            Topology::flat(4).expect("topology"),
-            layers,
-            PruneRule::BestMass,
-        );
-        Ok::<_, TrainError>(placed.map(|_| ()).map_err(|e| e.to_string()))
-    });
-    for result in results.all().expect("all ranks") {
-        assert!(result.expect_err("refused").contains("a placement over 4 ranks on 3 ranks"));
-    }
 }
