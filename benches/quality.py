@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Quality against traffic: what a limit on the ranks a token visits costs, with and without tuning under it.
 
-    benches/quality.py OCCULT MODEL CORPUS OUT [--ranks 4 8] [--limits 1 2 3] [--rules ...] [--keep-mass 0.8] [--seeds 3]
+    benches/quality.py OCCULT MODEL CORPUS OUT [--ranks 4 8] [--limits 1 2 3] [--rules ...] [--keep-mass ...] [--seeds 3]
+    benches/quality.py OCCULT MODEL CORPUS OUT --table --plot docs/quality.svg
 
 CORPUS is what models/recipe/build_corpus.py writes, with its tokens in CORPUS/train.store. A profile of pieces of its
-training part gives the placement (search, as many experts on every rank). Every run tunes MODEL for --steps steps on the
-training part with its limit active - or does not tune - and is measured on pieces of the validation part: perplexity per
-domain, and the share of --questions questions per domain answered rightly. A question is a piece of text with four
-continuations: its own, and those of three other texts of the domain.
+training part gives the placement (search, as many experts on every rank) and the table of similar experts. Every run tunes
+MODEL for --steps steps on the training part with its limit active - or does not tune - and is measured on pieces of the
+validation part: perplexity per domain, copies per token, load, and the share of --questions questions per domain answered
+rightly. A question is a piece of text with four continuations: its own, and those of three other texts of the domain.
+The seed decides the order of the training data and which pieces are measured, with and without tuning alike. Without a
+limit the placement changes nothing but rounding: that tuning is done once per seed, and measured over every number of ranks.
 
 Appends a line of JSON per run to OUT/runs.jsonl and leaves out runs that are there: it can be stopped and given again.
 `--table` only prints the table of OUT/runs.jsonl.
@@ -15,22 +18,22 @@ Appends a line of JSON per run to OUT/runs.jsonl and leaves out runs that are th
 import argparse, json, random, shutil, statistics, subprocess
 from pathlib import Path
 
-BYTES = 50_000
+PROFILE_BYTES, MEASURE_BYTES = 50_000, 8_000
 
 
 def documents(path):
     return [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
 
 
-def piece(path, seed):
-    """About BYTES of text from places all over a file."""
+def piece(path, seed, size):
+    """So much text from places all over a file."""
     texts, taken = documents(path), ""
     random.Random(seed).shuffle(texts)
     for text in texts:
-        if len(taken) >= BYTES:
+        if len(taken) >= size:
             break
-        taken += text[:8000] + "\n\n"
-    return taken[:BYTES]
+        taken += text[: min(8000, size // 2)] + "\n\n"
+    return taken[:size]
 
 
 def questions(path, count):
@@ -49,11 +52,13 @@ def questions(path, count):
 
 
 def prepare(args):
-    for part, kind, seed in (("profile", "train", 1), ("measure", "val", 2)):
+    parts = [("profile", "train", 1, PROFILE_BYTES)]
+    parts += [(f"measure-{seed}", "val", 2 + seed, MEASURE_BYTES) for seed in range(args.seeds)]
+    for part, kind, seed, size in parts:
         folder = args.out / part
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(args.corpus.glob(f"*.{kind}.jsonl")):
-            (folder / f"{path.name.split('.')[0]}.txt").write_text(piece(path, seed), encoding="utf-8")
+            (folder / f"{path.name.split('.')[0]}.txt").write_text(piece(path, seed, size), encoding="utf-8")
     asked = [q for path in sorted(args.corpus.glob("*.val.jsonl")) for q in questions(path, args.questions)]
     (args.out / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in asked))
     profile = args.out / "profile.safetensors"
@@ -86,19 +91,19 @@ def carry_out(args, run):
     model, placed = args.model, ["--placement", args.out / f"placement-{run['ranks']}.json"]
     run = dict(run)
     if run["tuned"]:
-        model = args.out / "tuned"
-        shutil.rmtree(model, ignore_errors=True)
-        occult(
-            args, "tune", args.model, "--data", args.corpus / "train.store", "--steps", args.steps, "--batch-tokens", 8192,
-            "--lr", args.lr, "--seed", run["seed"], "--checkpoint-every", 10 * args.steps, "--aux-loss", 0.02,
-            "--aux-loss-over", "layers", *placed, *limit_options(args, run), "-o", model,
-        )  # fmt: skip
+        # Without a limit every number of ranks learns the same.
+        model = args.out / (f"tuned-{run['seed']}" if run["limit"] is None else "tuned")
+        if run["limit"] is not None or not (model / "model.safetensors").exists():
+            shutil.rmtree(model, ignore_errors=True)
+            occult(
+                args, "tune", args.model, "--data", args.corpus / "train.store", "--steps", args.steps, "--batch-tokens", 4096,
+                "--micro-batch", 4, "--lr", args.lr, "--seed", run["seed"], "--checkpoint-every", 10 * args.steps,
+                "--aux-loss", 0.02, "--aux-loss-over", "layers", "--ranks", min(args.ranks), *placed,
+                *limit_options(args, run), "-o", model,
+            )  # fmt: skip
         log = [json.loads(line) for line in (model / "training/log.jsonl").open()]
-        for key in ("C_T", "rank_load"):
-            if key in log[0]["figures"]:
-                run[key] = statistics.fmean(step["figures"][key] for step in log)
-        run["tokens_per_s"] = statistics.median(step["tokens_per_s"] for step in log)
-    texts = sorted((args.out / "measure").iterdir())
+        run["step_seconds"] = statistics.median(step["tokens"] / step["tokens_per_s"] for step in log)
+    texts = sorted((args.out / f"measure-{run['seed']}").iterdir())
     found = json.loads(
         occult(
             args, "eval", model, "--context", 512, "--ranks", run["ranks"], *placed, *limit_options(args, run),
@@ -108,6 +113,8 @@ def carry_out(args, run):
     run["perplexity"] = found["total"]["perplexity"]
     run["domains"] = {Path(text["file"]).stem: text["perplexity"] for text in found["texts"]}
     run["accuracy"] = found["tasks"][0]["acc"]
+    run["C_T"] = found["copies_per_token"]
+    run["load"] = found["load_max_over_mean"]
     run["rows_per_token"] = found["sent_rows_per_token"]
     return run
 
@@ -118,9 +125,9 @@ def grid(args):
         for ranks in args.ranks:
             ways = [("none", None, None)]
             ways += [(rule, limit, None) for limit in args.limits for rule in args.rules]
-            ways += [("best-mass", max(args.limits), mass) for mass in args.keep_mass]
+            ways += [("best-mass", ranks, mass) for mass in args.keep_mass]
             for rule, limit, keep_mass in ways:
-                for tuned in [False, True] if seed == 0 else [True]:
+                for tuned in (False, True):
                     yield {"ranks": ranks, "rule": rule, "limit": limit, "keep_mass": keep_mass, "tuned": tuned, "seed": seed}
 
 
@@ -132,8 +139,8 @@ def table(runs):
         spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
         return format(statistics.fmean(values), form) + spread
 
-    print("| ranks | limit | rule | tuned | C_T | rows sent per token | busiest rank | perplexity | over no limit | questions |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| ranks | limit | rule | tuned | C_T | rows sent per token | busiest rank | perplexity | over no limit | questions | step, s |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     groups = {}
     for run in runs:
         groups.setdefault(tuple(run[key] for key in KEYS), []).append(run)
@@ -145,9 +152,10 @@ def table(runs):
         over = [100 * (run["perplexity"] / base[run["seed"]] - 1) for run in groups[key] if run["seed"] in base]
         print(
             f"| {ranks} | {limit or 'none'} | {rule}{f', {keep_mass} of the mass' if keep_mass else ''} | {'yes' if tuned else 'no'} "
-            f"| {shown(of('C_T'), '.2f') if of('C_T') else ''} | {shown(of('rows_per_token'), '.2f')} "
-            f"| {shown(of('rank_load'), '.2f') if of('rank_load') else ''} | {shown(of('perplexity'), '.3f')} "
-            f"| {shown(over, '+.2f') + ' %' if over else ''} | {shown([100 * a for a in of('accuracy')], '.1f')} % |"
+            f"| {shown(of('C_T'), '.2f')} | {shown(of('rows_per_token'), '.2f')} | {shown(of('load'), '.2f')} "
+            f"| {shown(of('perplexity'), '.2f')} | {shown(over, '+.2f') + ' %' if over else ''} "
+            f"| {shown([100 * a for a in of('accuracy')], '.1f')} % "
+            f"| {format(statistics.median(of('step_seconds')), '.2f') if of('step_seconds') else ''} |"
         )
     domains = sorted(runs[0]["domains"])
     print("\n| ranks | limit | rule | tuned | " + " | ".join(domains) + " |")
@@ -161,6 +169,65 @@ def table(runs):
         )  # fmt: skip
 
 
+COLOURS = {"router-score": "#c94a0a", "similarity": "#a87a12", "best-mass": "#0b5fa5", "adaptive": "#0a8f6a"}
+
+
+def over_tuned(runs):
+    """Per (ranks, rule, limit, keep_mass, tuned): copies per token, and perplexity over ordinary tuning, in %, by seed."""
+    base = {(r["ranks"], r["seed"]): r["perplexity"] for r in runs if r["limit"] is None and r["tuned"]}
+    points = {}
+    for run in runs:
+        key, own = tuple(run[k] for k in KEYS), base.get((run["ranks"], run["seed"]))
+        if run["limit"] is not None and own:
+            points.setdefault(key, []).append((run["C_T"], 100 * (run["perplexity"] / own - 1)))
+    return points
+
+
+def plot(runs, path):
+    """Perplexity over ordinary tuning against copies per token: hollow without tuning under the limit, filled with."""
+    points = over_tuned(runs)
+    panels, width, height, left, top, bottom = sorted({key[0] for key in points}), 420, 340, 50, 30, 40
+    highest = max(statistics.fmean(y for _, y in values) for values in points.values())
+    svg = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels) + 110} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width * len(panels) + 110}" height="{height}" fill="#ffffff"/>',
+    ]
+    for panel, ranks in enumerate(panels):
+        most = max(x for key, values in points.items() if key[0] == ranks for x, _ in values)
+        px = lambda c: panel * width + left + (width - left - 20) * (c - 1) / (most - 1)
+        lowest = min(0.0, *(statistics.fmean(y for _, y in values) for values in points.values()))
+        py = lambda v: top + (height - top - bottom) * (highest - v) / (highest - lowest)
+        step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100) if (highest - lowest) / s <= 8)
+        for i in range(int(lowest / step), int(highest / step) + 1):
+            svg.append(f'<path d="M{px(1):.1f} {py(i * step):.1f}H{px(most):.1f}" stroke="#{"888888" if i == 0 else "e4e4e0"}"/>')
+            svg.append(f'<text x="{px(1) - 8:.1f}" y="{py(i * step) + 4:.1f}" text-anchor="end">{i * step:g}</text>')
+        for copies in range(1, int(most) + 1):
+            svg.append(f'<text x="{px(copies):.1f}" y="{height - 22}" text-anchor="middle">{copies}</text>')
+        svg.append(f'<text x="{px((1 + most) / 2):.1f}" y="{height - 6}" text-anchor="middle">copies per token</text>')
+        svg.append(f'<text x="{px(1):.1f}" y="18">{ranks} ranks: perplexity over ordinary tuning, %</text>')
+        lines = {}
+        for (of, rule, limit, keep_mass, tuned), values in points.items():
+            if of == ranks:
+                name = "adaptive" if keep_mass else rule
+                x, y = (statistics.fmean(v[i] for v in values) for i in (0, 1))
+                spread = statistics.stdev(v[1] for v in values) if len(values) > 1 else 0.0
+                lines.setdefault((name, tuned), []).append((x, y, spread))
+        for (name, tuned), line in lines.items():
+            colour = COLOURS[name]
+            joined = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y, _ in sorted(line))
+            dash = "" if tuned else ' stroke-dasharray="3 4"'
+            svg.append(f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.5"{dash}/>')
+            for x, y, spread in line:
+                svg.append(f'<path d="M{px(x):.1f} {py(y - spread):.1f}V{py(y + spread):.1f}" stroke="{colour}"/>')
+                fill = colour if tuned else "#ffffff"
+                svg.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.5" fill="{fill}" stroke="{colour}"/>')
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        svg.append(f'<text x="{width * len(panels)}" y="{top + 14 + 18 * i}" fill="{colour}">{name}</text>')
+    svg.append("</svg>\n")
+    path.write_text("\n".join(svg))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in (("occult", str), ("model", Path), ("corpus", Path), ("out", Path)):
@@ -168,12 +235,13 @@ def main():
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--limits", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rules", nargs="+", default=["router-score", "similarity", "best-mass"])
-    parser.add_argument("--keep-mass", type=float, nargs="*", default=[0.8])
+    parser.add_argument("--keep-mass", type=float, nargs="*", default=[0.6, 0.79])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--questions", type=int, default=25)
+    parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     record = args.out / "runs.jsonl"
     if not args.table:
@@ -186,6 +254,8 @@ def main():
             with record.open("a") as file:
                 file.write(json.dumps(runs[-1]) + "\n")
     table(runs)
+    if args.plot:
+        plot(runs, args.plot)
 
 
 main()

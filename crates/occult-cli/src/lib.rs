@@ -25,6 +25,7 @@ mod spreading;
 mod tokens;
 mod train_args;
 mod training;
+mod visits;
 mod world;
 
 use std::process::ExitCode;

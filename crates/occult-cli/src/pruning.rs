@@ -1,7 +1,11 @@
 //! Collaboration pruning of whole profiles: one pass for the similarity table where it is needed, one for the rule.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use anyhow::{Result, anyhow, bail};
 use occult_formats::{Columns, FormatError, Profile};
+use occult_model::ModelSpec;
 use occult_plan::prune::best_mass_ranks_only;
 use occult_plan::{
     Budget, HomeRanks, LayerPlacement, PlanError, PruneStats, RouterRule, Rule, SimilarityAccumulator,
@@ -9,11 +13,21 @@ use occult_plan::{
 };
 
 use crate::args::PruneRule;
+use crate::{parallel, setup};
+
+/// What `--rule similarity` says without a table.
+pub(crate) const NO_TABLE: &str =
+    "--rule similarity compares experts by their router logits: give --similar-by PROFILE";
 
 const CHUNK_ROWS: usize = 16_384;
 
 impl PruneRule {
     pub(crate) const ALL: [Self; 3] = [Self::RouterScore, Self::Similarity, Self::BestMass];
+
+    /// The rule of this name.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|rule| rule.name() == name)
+    }
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -37,6 +51,29 @@ pub(crate) fn similarity(profile: &Profile, layer: usize) -> Result<SimilarityTa
     let mut sums = SimilarityAccumulator::new(profile.meta().num_experts);
     for_each_chunk(profile, layer, |routing| sums.add(routing))?;
     Ok(sums.finish())
+}
+
+/// The tables of all layers of a profile of this model: what `similarity` replaces by where a model runs.
+pub(crate) fn similarity_tables(path: &Path, spec: &ModelSpec) -> Result<Vec<Arc<SimilarityTable>>> {
+    let profile = profile_of(path, spec)?;
+    let tables = parallel::map_ordered(profile.num_layers(), setup::threads(None), |layer| {
+        require_scores(&profile, layer, PruneRule::Similarity)?;
+        Ok::<_, anyhow::Error>(Arc::new(similarity(&profile, layer)?))
+    })?;
+    Ok(tables)
+}
+
+/// Opens a profile and checks that it is of a model of this shape.
+pub(crate) fn profile_of(path: &Path, spec: &ModelSpec) -> Result<Profile> {
+    let profile = setup::profile(path)?;
+    let found = (profile.num_layers(), profile.meta().num_experts);
+    let expected = (spec.num_moe_layers(), spec.moe.router.num_experts);
+    if found != expected {
+        let words = |(l, e): (usize, usize)| format!("{l} MoE layers of {e} experts");
+        let message = format!("expected {}, found {}", words(expected), words(found));
+        bail!("{}: a profile of another model: {message}", path.display());
+    }
+    Ok(profile)
 }
 
 /// Prunes every row of a layer by `rule`. The similarity table is computed where the rule needs it.

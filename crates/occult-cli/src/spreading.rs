@@ -6,11 +6,12 @@ use std::sync::{Arc, OnceLock};
 use anyhow::{Context, Result, anyhow};
 use clap::{Args, ValueEnum};
 use occult_comm::{Communicator, Meter, Metered};
-use occult_formats::{Columns, LimitFile, PlacementFile, Profile};
+use occult_formats::{Columns, LimitFile, PlacementFile, Profile, read_similarity};
 use occult_model::{Decoder, LoadOptions, ModelSpec, Ranks, Spread, Threads};
 use occult_moe::{LayerOptions, Mode, Overlap, PruneRule as Rule, Pruning, topology_of};
 use occult_plan::placement::{Method, contiguous};
-use occult_plan::{Placement, Topology};
+use occult_plan::prune::check_limit;
+use occult_plan::{Placement, SimilarityTable, Topology};
 
 use crate::args::{ClusterArgs, PruneRule, SearchArgs};
 use crate::exit::Usage;
@@ -58,6 +59,10 @@ pub(crate) struct SpreadArgs {
     /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
     #[arg(long, value_parser = crate::args::keep_mass, value_name = "SHARE", requires = "max_ranks")]
     keep_mass: Option<f64>,
+    /// For --rule similarity: a routing profile with router logits to compare experts by [default: what the model was
+    /// tuned with]
+    #[arg(long, value_name = "PROFILE", requires = "max_ranks")]
+    similar_by: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +81,12 @@ fn overlap(text: &str) -> Result<OverlapArg, String> {
     }
 }
 
+/// Where the experts of a model are, and what counts the bytes between their ranks.
+pub(crate) struct Spreading<'a> {
+    pub(crate) meter: &'a Meter,
+    pub(crate) placement: &'a Placement,
+}
+
 /// Loads the model and does `work` with it, on every rank: its forward passes are collective. Returns what the first rank
 /// returned; `None` in other processes of an MPI program. What is wrong without the weights is found before anything runs.
 pub(crate) fn with_model<T: Send>(
@@ -83,14 +94,14 @@ pub(crate) fn with_model<T: Send>(
     spread: &SpreadArgs,
     work: impl Fn(&Decoder) -> Result<T> + Sync,
 ) -> Result<Option<T>> {
-    with_metered_model(load, spread, |decoder, _| work(decoder))
+    with_spread_model(load, spread, |decoder, _| work(decoder))
 }
 
-/// [`with_model`], with what counts the bytes between ranks, if there are several.
-pub(crate) fn with_metered_model<T: Send>(
+/// [`with_model`], with how its experts are spread, if there are several ranks.
+pub(crate) fn with_spread_model<T: Send>(
     load: &LoadArgs,
     spread: &SpreadArgs,
-    work: impl Fn(&Decoder, Option<&Meter>) -> Result<T> + Sync,
+    work: impl Fn(&Decoder, Option<&Spreading<'_>>) -> Result<T> + Sync,
 ) -> Result<Option<T>> {
     let tuned = LimitFile::read(&load.model)?;
     let world = spread.world.or_ranks(match (&spread.placement, &tuned) {
@@ -101,6 +112,12 @@ pub(crate) fn with_metered_model<T: Send>(
     if !world.is_parallel() {
         refuse_mpirun()?;
         spread.alone()?;
+        if let Some((LimitFile { max_ranks: Some(max), .. }, file)) = &tuned {
+            let ranks = file.placement.topology().num_ranks();
+            eprintln!(
+                "occult: tuned with at most {max} of {ranks} ranks per token; on one rank there is no limit"
+            );
+        }
         return work(&model::load(load)?, None).map(Some);
     }
     let spec = occult_model::hf::read_spec(&load.model)?;
@@ -108,7 +125,8 @@ pub(crate) fn with_metered_model<T: Send>(
     run_world(&world, |comm| {
         let metered = Metered::new(comm);
         let meter = metered.meter();
-        work(&wanted.load(load, Arc::new(metered))?, Some(&meter))
+        let (decoder, placement) = wanted.load(load, Arc::new(metered))?;
+        work(&decoder, Some(&Spreading { meter: &meter, placement: &placement }))
     })
 }
 
@@ -138,6 +156,8 @@ struct Wanted<'a> {
     file: Option<Placement>,
     profile: Option<Profile>,
     pruning: Option<Pruning>,
+    /// By MoE layer; empty unless the rule needs them.
+    similarity: Vec<Arc<SimilarityTable>>,
     /// Computed by the rank that comes first, for all of this process.
     computed: OnceLock<Result<Placement, String>>,
 }
@@ -156,20 +176,10 @@ impl<'a> Wanted<'a> {
             None if args.place_by.is_some() => None,
             None => tuned,
         };
-        let profile = args.place_by.as_deref().map(setup::profile).transpose()?;
-        if let (Some(path), Some(profile)) = (&args.place_by, &profile) {
-            let found = (profile.num_layers(), profile.meta().num_experts);
-            let expected = (spec.num_moe_layers(), spec.moe.router.num_experts);
-            if found != expected {
-                let words = |(l, e): (usize, usize)| format!("{l} MoE layers of {e} experts");
-                let message = format!("expected {}, found {}", words(expected), words(found));
-                return Err(anyhow!("{}: a profile of another model: {message}", path.display()));
-            }
-        }
-        let named = |name: &str| match name {
-            "router-score" => Ok(PruneRule::RouterScore),
-            "best-mass" => Ok(PruneRule::BestMass),
-            other => Err(anyhow!("{}: rule {other:?} is not known", load.model.display())),
+        let profile = args.place_by.as_deref().map(|path| pruning::profile_of(path, spec)).transpose()?;
+        let named = |name: &str| {
+            PruneRule::named(name)
+                .with_context(|| format!("{}: rule {name:?} is not known", load.model.display()))
         };
         let (max, rule, mass) = match (args.max_ranks, &limit) {
             (Some(n), limit) => {
@@ -179,35 +189,53 @@ impl<'a> Wanted<'a> {
             (None, Some(limit)) => (limit.max_ranks, named(&limit.rule)?, limit.keep_mass),
             (None, None) => (None, PruneRule::BestMass, None),
         };
-        let rule = match rule {
-            PruneRule::RouterScore => Rule::RouterScore,
-            PruneRule::BestMass => Rule::BestMass,
-            PruneRule::Similarity => {
-                let message = "--rule similarity needs a table made from a profile: `occult prune` has one, a running \
-                               model takes router-score or best-mass";
-                return Err(Usage(message.to_owned()).into());
-            }
+        let similarity = match (max, rule) {
+            (Some(_), PruneRule::Similarity) => match (&args.similar_by, limit.and_then(|l| l.similarity)) {
+                (Some(path), _) => pruning::similarity_tables(path, spec)?,
+                (None, Some(name)) => {
+                    let (layers, experts) = (spec.num_moe_layers(), spec.moe.router.num_experts);
+                    let tables = read_similarity(&load.model.join(name), layers, experts)?;
+                    tables.into_iter().map(Arc::new).collect()
+                }
+                (None, None) => return Err(Usage(pruning::NO_TABLE.to_owned()).into()),
+            },
+            _ => Vec::new(),
+        };
+        let rule = match (rule, similarity.first()) {
+            (PruneRule::RouterScore, _) => Rule::RouterScore,
+            (PruneRule::Similarity, Some(table)) => Rule::Similarity(Arc::clone(table)),
+            _ => Rule::BestMass,
         };
         let pruning = max.map(|max| Pruning { rule, budget: pruning::budget(max, mass) });
         let file = file.map(|f| f.placement);
-        Ok(Self { args, spec, file, profile, pruning, computed: OnceLock::new() })
+        Ok(Self { args, spec, file, profile, pruning, similarity, computed: OnceLock::new() })
     }
 
     /// The model with this rank's experts.
-    fn load(&self, load: &LoadArgs, comm: Arc<dyn Communicator>) -> Result<Decoder> {
+    fn load(&self, load: &LoadArgs, comm: Arc<dyn Communicator>) -> Result<(Decoder, Placement)> {
         let topology = topology_of(&*comm)?;
         let hosts = comm.host_of_rank();
         let here = hosts.iter().filter(|&&h| h == hosts[comm.rank()]).count();
         let threads = Threads::new((setup::threads(load.threads) / here).max(1));
         let options = LoadOptions { dtype: load.dtype.map(|d| d.stored()), threads: Some(threads) };
         let files = model::open(&load.model, options)?;
-        let spread = Spread { placement: self.placement(topology)?, options: self.options(topology)? };
+        let spread = Spread {
+            similarity: self.similarity.clone(),
+            ..Spread::new(self.placement(topology)?, self.options(topology)?)
+        };
+        if let Some(pruning) = &spread.options.pruning {
+            let router = &self.spec.moe.router;
+            for (i, layer) in spread.placement.layers().iter().enumerate() {
+                check_limit(layer, pruning.budget.max_ranks(), router.top_k, router.groups)
+                    .map_err(|e| anyhow!("--max-ranks: {}", e.in_layer(i)))?;
+            }
+        }
         let spinner = (comm.rank() == 0).then(|| {
             progress::spinner(&format!("loading {} on {} ranks", load.model.display(), hosts.len()))
         });
         let decoder = files.load_spread(&Ranks::new(Arc::clone(&comm)), &spread);
         spinner.inspect(|s| s.finish_and_clear());
-        Ok(decoder?)
+        Ok((decoder?, spread.placement))
     }
 
     fn options(&self, topology: Topology) -> Result<LayerOptions> {

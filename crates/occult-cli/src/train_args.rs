@@ -182,6 +182,9 @@ pub(crate) struct TrainArgs {
     /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
     #[arg(long, value_parser = crate::args::keep_mass, value_name = "SHARE", requires = "max_ranks")]
     pub(crate) keep_mass: Option<f64>,
+    /// For --rule similarity: a routing profile with router logits to compare experts by
+    #[arg(long, value_name = "PROFILE", requires = "max_ranks")]
+    pub(crate) similar_by: Option<PathBuf>,
 
     /// At every checkpoint, search a placement for what the routers chose in the last step, and go on with it when it saves
     /// this share of the copies per token on held-out tokens of that step

@@ -12,6 +12,13 @@ const ALIGNMENT_BYTES: usize = 64;
 struct Line([u8; ALIGNMENT_BYTES]);
 
 /// Owned bytes, aligned to 64, with typed views. The length is a number of bytes and need not be a multiple of 64.
+///
+/// Values are plain numbers, of which every bit pattern is one. `bool` is not: what another rank sent might be neither true
+/// nor false, so it does not compile. Send `u8`.
+///
+/// ```compile_fail
+/// occult_comm::Buffer::from_slice(&[true, false]);
+/// ```
 #[derive(Clone)]
 pub struct Buffer {
     lines: Vec<Line>,

@@ -23,6 +23,7 @@ mod npy;
 pub mod pickle;
 pub mod placement_file;
 pub mod profile;
+pub mod similarity_file;
 mod tensors;
 
 pub use error::{FormatError, Result};
@@ -34,6 +35,7 @@ pub use placement_file::{PlacementFile, PlacementMeta, write_atomic, write_atomi
 pub use profile::{
     Chunk, Columns, LayerRows, Profile, ProfileMeta, ProfileWriter, RouterInfo, Scoring, Source,
 };
+pub use similarity_file::{read_similarity, write_similarity};
 
 /// Most experts a layer may have. Released models have at most 512; the limit bounds the co-activation table, which is
 /// quadratic in a number that a file may lie about.

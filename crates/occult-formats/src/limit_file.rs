@@ -2,7 +2,7 @@
 //! a token visits, and the bias on the routers' choices.
 //!
 //! ```json
-//! { "format": "occult.limit.v1", "placement": "placement.json", "max_ranks": 2, "rule": "best-mass", "keep_mass": null }
+//! { "format": "occult.limit.v1", "placement": "placement.json", "max_ranks": 2, "rule": "best-mass", "keep_mass": null, "similarity": null }
 //! ```
 //! Every field but `format` can be absent; `"selection_bias": [[..], ..]` has one number per expert for each MoE layer.
 //! Other programs do not read it: for them the directory is the model without a limit and without the bias.
@@ -29,12 +29,15 @@ pub struct LimitFile {
     /// Most ranks of a token; absent: no limit.
     #[serde(default)]
     pub max_ranks: Option<usize>,
-    /// How ranks and replacements are chosen: `best-mass` or `router-score`.
+    /// How ranks and replacements are chosen: `best-mass`, `router-score` or `similarity`.
     #[serde(default = "best_mass")]
     pub rule: String,
     /// Adaptive: the share of the routing mass that the fewest ranks must keep.
     #[serde(default)]
     pub keep_mass: Option<f64>,
+    /// For the rule `similarity`: file name of the tables ([`read_similarity`](crate::read_similarity)) in the same directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub similarity: Option<String>,
     /// `[E]` for every MoE layer: added to the routers' probabilities for the choice of experts, not for their weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub selection_bias: Option<Vec<Vec<f32>>>,
@@ -48,13 +51,21 @@ impl LimitFile {
     /// A description for a placement that lies in the same directory under this name.
     pub fn new(placement: &str, max_ranks: Option<usize>, rule: &str, keep_mass: Option<f64>) -> Self {
         let (format, placement, rule) = (LIMIT_FORMAT.into(), Some(placement.into()), rule.into());
-        Self { format, placement, max_ranks, rule, keep_mass, selection_bias: None }
+        Self { format, placement, max_ranks, rule, keep_mass, similarity: None, selection_bias: None }
     }
 
     /// A description of a bias on the routers' choices alone.
     pub fn of_bias(selection_bias: Vec<Vec<f32>>) -> Self {
         let (format, rule, selection_bias) = (LIMIT_FORMAT.into(), best_mass(), Some(selection_bias));
-        Self { format, placement: None, max_ranks: None, rule, keep_mass: None, selection_bias }
+        Self {
+            format,
+            placement: None,
+            max_ranks: None,
+            rule,
+            keep_mass: None,
+            similarity: None,
+            selection_bias,
+        }
     }
 
     /// Reads the bias on the routers' choices of a model directory; `None` where it has none.
@@ -81,16 +92,19 @@ impl LimitFile {
     pub fn read(model: &Path) -> Result<Option<(Self, PlacementFile)>> {
         let path = model.join(LIMIT_FILE);
         let Some(file) = Self::read_alone(model)? else { return Ok(None) };
-        let Some(name) = file.placement.as_ref().map(PathBuf::from) else {
+        let named = [("placement", &file.placement), ("similarity", &file.similarity)];
+        for (what, name) in named.into_iter().filter_map(|(what, name)| Some((what, name.as_ref()?))) {
+            let name = PathBuf::from(name);
+            if name.components().count() != 1 || name.file_name().is_none() {
+                return Err(FormatError::bad(&path, "", format!("{what} is {name:?}, expected a file name")));
+            }
+        }
+        let Some(name) = &file.placement else {
             if file.max_ranks.is_some() {
                 return Err(FormatError::bad(&path, "", "max_ranks without a placement"));
             }
             return Ok(None);
         };
-        if name.components().count() != 1 || name.file_name().is_none() {
-            let message = format!("placement is {:?}, expected a file name", file.placement);
-            return Err(FormatError::bad(&path, "", message));
-        }
         let placement = PlacementFile::read(&model.join(name))?;
         let ranks = placement.placement.topology().num_ranks();
         if let Some(max) = file.max_ranks.filter(|&n| n == 0 || n > ranks) {
@@ -132,6 +146,7 @@ mod tests {
                 LimitFile { placement: Some("../placement.json".into()), ..file.clone() },
                 "expected a file name",
             ),
+            (LimitFile { similarity: Some("/etc/x".into()), ..file.clone() }, "similarity is"),
             (LimitFile { placement: None, ..file.clone() }, "max_ranks without a placement"),
             (LimitFile { format: "other".into(), ..file.clone() }, "format is"),
         ] {

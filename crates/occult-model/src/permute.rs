@@ -10,7 +10,7 @@ use crate::error::{ModelError, Result};
 use crate::load::{LoadOptions, ModelFiles};
 use crate::moe::RoutingRecord;
 use crate::rewrite::{ConvertOptions, Progress, rewrite};
-use crate::spec::{GroupSpec, ModelSpec};
+use crate::spec::{ModelSpec, RoutingGroups};
 
 /// Largest difference of logits that a permutation may make, as a part of their range: other orders of additions.
 pub const MAX_LOGIT_DIFFERENCE: f32 = 2e-4;
@@ -32,7 +32,7 @@ pub struct PermuteReport {
 /// equally many experts and none twice, because a contiguous split gives every rank equally many.
 ///
 /// With routing groups, every group of consecutive new experts must be one of the old groups, or the model would change.
-pub fn expert_order(layer: &LayerPlacement, groups: Option<GroupSpec>) -> Result<Vec<ExpertId>> {
+pub fn expert_order(layer: &LayerPlacement, groups: Option<RoutingGroups>) -> Result<Vec<ExpertId>> {
     let (e, w) = (layer.num_experts(), layer.num_ranks());
     if layer.has_replicas() {
         let message =

@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+pub use occult_plan::prune::RoutingGroups;
+
 /// The released model families. Only `hf/` looks at this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -207,19 +209,10 @@ pub struct RouterSpec {
     pub top_k: usize,
     /// Divide the chosen weights by their sum.
     pub norm_topk: bool,
-    /// Routing groups: only experts of the best groups can be chosen.
-    pub groups: Option<GroupSpec>,
+    /// Routing groups: only experts of the best groups can be chosen; a group's score is the largest of its experts' scores.
+    pub groups: Option<RoutingGroups>,
     /// Factor on the weights.
     pub scale: f32,
-}
-
-/// Group-limited routing: a group's score is the largest of its experts' scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GroupSpec {
-    /// Groups of `E / num_groups` consecutive experts.
-    pub num_groups: usize,
-    /// Groups a token may use.
-    pub top_groups: usize,
 }
 
 /// The shared expert (several shared experts are one wide MLP).

@@ -62,7 +62,7 @@ fn over_ranks<T: Send>(
     let results = run_threads(num_ranks, &ThreadOptions::default(), |comm| {
         let ranks = Ranks::new(Arc::from(comm));
         let files = files(case)?;
-        let spread = Spread { placement: placement(&files, num_ranks, 0), options: options.clone() };
+        let spread = Spread::new(placement(&files, num_ranks, 0), options.clone());
         work(&mut files.load_spread(&ranks, &spread)?)
     });
     results.all().unwrap_or_else(|(rank, error)| panic!("{case}, rank {rank} of {num_ranks}: {error}"))
@@ -232,7 +232,7 @@ fn a_rank_reads_its_own_experts_alone() {
         let files = ModelFiles::open(copy.path(), LoadOptions::default())?;
         let placement = placement(&files, 2, 0);
         let held = placement.layers()[0].experts_of(ranks.comm().rank() as u16).contains(&1);
-        let loaded = files.load_spread(&ranks, &Spread { placement, options: options(2) });
+        let loaded = files.load_spread(&ranks, &Spread::new(placement, options(2)));
         assert_eq!(held, loaded.is_err());
         if let Err(error) = loaded {
             assert!(error.to_string().contains(name), "{error}");
@@ -250,7 +250,7 @@ fn another_placement_is_taken_by_all_or_none() {
     over_ranks(case, 3, &options(3), |model| {
         let before = show(model, &sequences, 1024)?;
         let files = files(case)?;
-        let spread = |turn| Spread { placement: placement(&files, 3, turn), options: options(3) };
+        let spread = |turn| Spread::new(placement(&files, 3, turn), options(3));
         let report = model.replace_placement(&files, &spread(1), &sequences[0])?;
         assert!(report.logit_difference <= common::LIMIT && report.checked_tokens == sequences[0].len());
         let after = show(model, &sequences, 1024)?;
@@ -264,7 +264,7 @@ fn another_placement_is_taken_by_all_or_none() {
         assert!(error.to_string().contains("the old placement stays"), "{error}");
         assert_eq!(after, show(model, &sequences, 1024)?);
         // One rank that cannot read: nobody changes.
-        let wrong = Spread { placement: placement(&files, 2, 0), options: options(3) };
+        let wrong = Spread::new(placement(&files, 2, 0), options(3));
         let error = model.replace_placement(&files, &wrong, &sequences[0]).expect_err("two ranks");
         assert!(error.to_string().contains("on 3 ranks, found"), "{error}");
         assert_eq!(after, show(model, &sequences, 1024)?);

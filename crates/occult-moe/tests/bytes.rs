@@ -7,8 +7,8 @@ use std::sync::Arc;
 use common::{Case, rank, run};
 use occult_comm::{Communicator, Metered, Reach, Snapshot, ThreadOptions};
 use occult_moe::predict::{RankBytes, predict_bytes};
-use occult_moe::{LayerOptions, Mode, Overlap};
-use occult_plan::{ExpertId, Routing, Topology};
+use occult_moe::{LayerOptions, Mode, Overlap, PruneRule, Pruning};
+use occult_plan::{Budget, ExpertId, Routing, Topology};
 use proptest::prelude::*;
 
 /// Of one rank: what it chose, and what was counted.
@@ -48,6 +48,7 @@ proptest! {
         two_hosts in any::<bool>(),
         conventional in any::<bool>(),
         chunks in 1usize..4,
+        max_ranks in prop::sample::select(vec![None, Some(1), Some(2)]),
     ) {
         let case = Case::random(seed, world, 9, 3, 8, 6);
         let nodes = if two_hosts && world % 2 == 0 { 2 } else { 1 };
@@ -55,6 +56,8 @@ proptest! {
         let mut options = LayerOptions::new(topology);
         options.mode = if conventional { Mode::Conventional } else { Mode::Dedup };
         options.overlap = Overlap::Chunks(chunks);
+        let budget = max_ranks.map(|max_ranks| Budget::Fixed { max_ranks });
+        options.pruning = budget.map(|budget| Pruning { rule: PruneRule::BestMass, budget });
         let hosts = (0..world as u16).map(|r| topology.node_of(r)).collect();
         let threads = ThreadOptions { host_of_rank: Some(hosts), ..ThreadOptions::default() };
         let ranks = measured(&case, &options, &threads);

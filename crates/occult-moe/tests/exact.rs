@@ -2,10 +2,12 @@
 
 mod common;
 
-use common::{Case, assert_close, dense, rank, run, together};
+use std::sync::Arc;
+
+use common::{Case, Rng, assert_close, dense, rank, run, together};
 use occult_comm::ThreadOptions;
 use occult_moe::{LayerOptions, Mode, Overlap, PruneRule, Pruning};
-use occult_plan::{Budget, Topology};
+use occult_plan::{Budget, SimilarityTable, Topology};
 use proptest::prelude::*;
 
 /// Every combination of what can be chosen about a layer, of which a test takes one.
@@ -20,6 +22,13 @@ fn options(world: usize, variant: usize) -> (LayerOptions, ThreadOptions) {
     (options, ThreadOptions { host_of_rank: Some(hosts), ..ThreadOptions::default() })
 }
 
+/// Every rule of pruning, the table of similar experts made up.
+fn rules(experts: usize, seed: u64) -> [PruneRule; 3] {
+    let values = Rng(seed).values(experts * experts).into_iter().map(f32::abs).collect();
+    let table = SimilarityTable::from_values(experts, values).unwrap();
+    [PruneRule::RouterScore, PruneRule::BestMass, PruneRule::Similarity(Arc::new(table))]
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 80, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
@@ -31,12 +40,12 @@ proptest! {
         (d, f) in (1usize..40, 1usize..24),
         variant in 0usize..8,
         max_ranks in prop::sample::select(vec![None, Some(1), Some(2)]),
-        rule in 0usize..2,
+        rule in 0usize..3,
     ) {
         let case = Case::random(seed, world, experts, top_k, d, f);
         let (mut options, threads) = options(world, variant);
         options.pruning = max_ranks.map(|max_ranks| Pruning {
-            rule: if rule == 0 { PruneRule::RouterScore } else { PruneRule::BestMass },
+            rule: rules(experts, seed)[rule].clone(),
             budget: if seed % 2 == 0 { Budget::Fixed { max_ranks } } else { Budget::Adaptive { max_ranks, share: 0.7 } },
         });
         let ranks = || run(world, &threads, |comm| rank(&case, &options, comm)).all().unwrap();
@@ -50,8 +59,8 @@ proptest! {
     #[test]
     fn bits_do_not_depend_on_a_full_budget(
         seed in 0u64..1_000_000,
-        world in 1usize..5,
-        variant in 0usize..4,
+        world in prop::sample::select(vec![1usize, 2, 3, 4, 8]),
+        variant in 0usize..8,
     ) {
         let case = Case::random(seed, world, 9, 3, 8, 6);
         let (options, threads) = options(world, variant);
@@ -59,7 +68,7 @@ proptest! {
             run(world, &threads, |comm| rank(&case, options, comm)).all().unwrap()
         };
         let plain = bits(&options);
-        for rule in [PruneRule::RouterScore, PruneRule::BestMass] {
+        for rule in rules(9, seed) {
             let pruning = Some(Pruning { rule, budget: Budget::Fixed { max_ranks: world } });
             prop_assert_eq!(&bits(&LayerOptions { pruning, ..options.clone() }), &plain);
         }

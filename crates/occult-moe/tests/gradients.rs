@@ -12,10 +12,11 @@ use occult_kernels::Threads;
 use occult_kernels::ops::GradSink;
 use occult_moe::reference::{dense_layer, spread_weights};
 use occult_moe::{
-    ExpertParallelLayer, ExpertTensors, LayerOptions, MoeError, Overlap, all_reduce_gradients,
+    ExpertParallelLayer, ExpertTensors, LayerOptions, Mode, MoeError, Overlap, all_reduce_gradients,
     all_reduce_replicas,
 };
 use occult_plan::{ExpertId, LayerPlacement, Rank, RoutingBuf, Topology};
+use proptest::prelude::*;
 
 /// Experts and weights that no router chose.
 fn routing(case: &Case, k: usize) -> (Vec<ExpertId>, Vec<f32>) {
@@ -25,42 +26,60 @@ fn routing(case: &Case, k: usize) -> (Vec<ExpertId>, Vec<f32>) {
     (ids, common::Rng(3).values(t * k))
 }
 
-#[test]
-fn routing_weights_have_their_own_gradient() {
-    let (world, k, d, f) = (3, 3, 8, 6);
-    let case = Case::random(11, world, 7, k, d, f);
+/// The gradient of routing weights by themselves, over ranks and by the definition.
+fn routing_weights(seed: u64, world: usize, (k, d, f): (usize, usize, usize), options: &LayerOptions) {
+    let experts = 7;
+    let case = Case::random(seed, world, experts, k, d, f);
     let t: usize = case.tokens.iter().sum();
     let (ids, weights) = routing(&case, k);
 
     let w = var(&weights, (t, k));
-    let dense = spread_weights(&w, &ids, 7).unwrap();
-    let (up, down) = (tensor(&case.w_up, (7, 2 * f, d)), tensor(&case.w_down, (7, d, f)));
+    let dense = spread_weights(&w, &ids, experts).unwrap();
+    let (up, down) = (tensor(&case.w_up, (experts, 2 * f, d)), tensor(&case.w_down, (experts, d, f)));
     let y = dense_layer(&tensor(&case.x, (t, d)), &dense, &up, &down).unwrap();
     let grads = (y * tensor(&case.dy, (t, d))).unwrap().sum_all().unwrap().backward().unwrap();
     let want = values(grads.get(w.as_tensor()).unwrap());
 
-    for overlap in [Overlap::Off, Overlap::Chunks(2)] {
-        let mut options = LayerOptions::new(Topology::flat(world).unwrap());
-        options.overlap = overlap;
-        let got = run(world, &ThreadOptions::default(), |comm| {
-            let rank = comm.rank();
-            let rows = case.rows_of(rank);
-            let n = case.placement.experts_of(rank as Rank).len();
-            let (up, down) = (case.local(rank, &case.w_up, 2 * f * d), case.local(rank, &case.w_down, d * f));
-            let (up, down) = (tensor(&up, (n, 2 * f, d)), tensor(&down, (n, d, f)));
-            let w = var(&weights[rows.start * k..rows.end * k], (rows.len(), k));
-            let (router, placement) = (case.router.clone(), case.placement.clone());
-            let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;
-            let expert_ids = ids[rows.start * k..rows.end * k].to_vec();
-            let routing = RoutingBuf { num_experts: 7, top_k: k, expert_ids, ..RoutingBuf::default() };
-            let x = tensor(&case.x[rows.start * d..rows.end * d], (rows.len(), d));
-            let experts = ExpertTensors { w_up: &up, w_down: &down, sinks: None };
-            let y = layer.forward_routed(&x, &routing, &w, experts, None, None)?;
-            let dy = tensor(&case.dy[rows.start * d..rows.end * d], (rows.len(), d));
-            let grads = (y * dy)?.sum_all()?.backward()?;
-            Ok(grads.get(w.as_tensor()).map_or_else(Vec::new, values))
-        });
-        assert!(difference(&got.all().unwrap().concat(), &want) < 2e-5);
+    let topology = options.topology;
+    let hosts = (0..world as Rank).map(|r| topology.node_of(r)).collect();
+    let threads = ThreadOptions { host_of_rank: Some(hosts), ..ThreadOptions::default() };
+    let got = run(world, &threads, |comm| {
+        let rank = comm.rank();
+        let rows = case.rows_of(rank);
+        let n = case.placement.experts_of(rank as Rank).len();
+        let (up, down) = (case.local(rank, &case.w_up, 2 * f * d), case.local(rank, &case.w_down, d * f));
+        let (up, down) = (tensor(&up, (n, 2 * f, d)), tensor(&down, (n, d, f)));
+        let w = var(&weights[rows.start * k..rows.end * k], (rows.len(), k));
+        let (router, placement) = (case.router.clone(), case.placement.clone());
+        let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;
+        let expert_ids = ids[rows.start * k..rows.end * k].to_vec();
+        let routing = RoutingBuf { num_experts: experts, top_k: k, expert_ids, ..RoutingBuf::default() };
+        let x = tensor(&case.x[rows.start * d..rows.end * d], (rows.len(), d));
+        let experts = ExpertTensors { w_up: &up, w_down: &down, sinks: None };
+        let y = layer.forward_routed(&x, &routing, &w, experts, None, None)?;
+        let dy = tensor(&case.dy[rows.start * d..rows.end * d], (rows.len(), d));
+        let grads = (y * dy)?.sum_all()?.backward()?;
+        Ok(grads.get(w.as_tensor()).map_or_else(Vec::new, values))
+    });
+    assert!(difference(&got.all().unwrap().concat(), &want) < 2e-5);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #[test]
+    fn routing_weights_have_their_own_gradient(
+        seed in 0u64..1_000_000,
+        world in prop::sample::select(vec![1usize, 2, 3, 4, 8]),
+        sizes in (1usize..4, 1usize..20, 1usize..12),
+        two_hosts in any::<bool>(),
+        conventional in any::<bool>(),
+        chunks in 0usize..4,
+    ) {
+        let nodes = if two_hosts && world % 2 == 0 { 2 } else { 1 };
+        let mut options = LayerOptions::new(Topology::new(world, nodes).unwrap());
+        options.mode = if conventional { Mode::Conventional } else { Mode::Dedup };
+        options.overlap = if chunks == 0 { Overlap::Off } else { Overlap::Chunks(chunks) };
+        routing_weights(seed, world, sizes, &options);
     }
 }
 

@@ -6,13 +6,15 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use occult_model::eval::{ChoiceItem, ChoiceScores, Perplexity, perplexity, read_items, score_item};
 use occult_model::hf::GenerationDefaults;
-use occult_model::{Decoder, TextTokenizer};
+use occult_model::{Decoder, Pass, PassObserver, RoutingRecord, TextTokenizer};
+use occult_plan::TrafficSummary;
 use serde_json::{Value, json};
 
 use crate::model_args::EvalArgs;
 use crate::output::{Table, bytes, print, print_json};
 use crate::sent::Sent;
-use crate::spreading::with_metered_model;
+use crate::spreading::with_spread_model;
+use crate::visits::Visits;
 use crate::{inputs, model, progress};
 
 /// What was measured.
@@ -24,6 +26,8 @@ pub(super) struct Evaluation {
     tasks: Vec<(PathBuf, ChoiceScores)>,
     /// With experts over ranks: while the texts were read.
     pub(super) sent: Option<Sent>,
+    /// The ranks that tokens visited meanwhile, mean over layers.
+    pub(super) visits: Option<TrafficSummary>,
     /// For the texts.
     pub(super) seconds: f64,
 }
@@ -63,15 +67,19 @@ pub(super) fn measure(args: &EvalArgs) -> Result<Option<Evaluation>> {
         model::check_ids(&ids, &spec, usize::MAX).with_context(|| path.display().to_string())?;
         sequences.push((path.as_path(), ids));
     }
-    with_metered_model(&args.load, &args.spread, |decoder, meter| {
+    with_spread_model(&args.load, &args.spread, |decoder, spreading| {
         let start = Instant::now();
         let mut texts: Vec<(PathBuf, Perplexity)> = Vec::new();
         let mut total = Perplexity::default();
+        let mut visits = spreading.map(|s| Visits::new(s.placement)).transpose()?;
+        let mut record = |_: &Pass, r: &RoutingRecord<'_>| visits.as_mut().map_or(Ok(()), |v| v.record(r));
+        // Nothing is observed, and nothing gathered, where there are no ranks.
+        let mut observer = spreading.map(|_| &mut record as &mut PassObserver<'_>);
         let bar = bar_of(decoder, args.text.len() + args.ids.len(), "texts");
         for path in &args.text {
             let Some(tokenizer) = &tokenizer else { continue };
             let ids = inputs::text(path, tokenizer, args.max_tokens)?;
-            let score = perplexity(decoder, &ids, prefix, window, None)
+            let score = perplexity(decoder, &ids, prefix, window, observer.as_deref_mut())
                 .with_context(|| path.display().to_string())?;
             scored(path, &score)?;
             total.add(&score);
@@ -84,7 +92,7 @@ pub(super) fn measure(args: &EvalArgs) -> Result<Option<Evaluation>> {
             for ids in sequences {
                 let ids = &ids[..ids.len().min(left)];
                 left -= ids.len();
-                let part = perplexity(decoder, ids, None, window, None)
+                let part = perplexity(decoder, ids, None, window, observer.as_deref_mut())
                     .with_context(|| path.display().to_string())?;
                 score.add(&part);
             }
@@ -94,14 +102,16 @@ pub(super) fn measure(args: &EvalArgs) -> Result<Option<Evaluation>> {
             bar.inc(1);
         }
         bar.finish_and_clear();
-        let (seconds, sent) = (start.elapsed().as_secs_f64(), Sent::take(decoder, meter)?);
+        let (seconds, sent) =
+            (start.elapsed().as_secs_f64(), Sent::take(decoder, spreading.map(|s| s.meter))?);
+        let visits = visits.and_then(Visits::finish);
 
         let mut tasks = Vec::new();
         for (path, items) in &questions {
             let Some(tokenizer) = &tokenizer else { continue };
             tasks.push((path.to_path_buf(), choices(path, items, decoder, tokenizer, prefix)?));
         }
-        Ok(Evaluation { window, texts, total, tasks, sent, seconds })
+        Ok(Evaluation { window, texts, total, tasks, sent, visits, seconds })
     })
 }
 
@@ -115,6 +125,8 @@ fn as_json(found: &Evaluation, dir: &Path) -> Value {
         "total": if found.texts.is_empty() { Value::Null } else { text(Value::Null, &found.total) },
         "tasks": found.tasks.iter().map(task).collect::<Vec<_>>(),
         "seconds": found.seconds,
+        "copies_per_token": found.visits.map(|v| v.copies_per_token),
+        "load_max_over_mean": found.visits.map(|v| v.load_max_over_mean),
         "sent_rows_per_token": found.per_token(|s| s.rows),
         "sent_bytes_per_token": found.per_token(|s| s.bytes),
     })
@@ -133,10 +145,16 @@ fn as_text(found: &Evaluation) -> String {
             row("all".to_owned(), total);
         }
         out.push_str(&table.render());
+        if let Some(visits) = found.visits {
+            let (copies, load) = (visits.copies_per_token, visits.load_max_over_mean);
+            out.push_str(&format!(
+                "\na token visits {copies:.2} ranks per layer; the busiest has {load:.2} of the mean load\n"
+            ));
+        }
         if let (Some(rows), Some(sent)) = (found.per_token(|s| s.rows), found.per_token(|s| s.bytes)) {
             let sent = bytes(sent);
             out.push_str(&format!(
-                "\na token in all MoE layers: {rows:.2} rows to other ranks, {sent} there and back\n"
+                "a token in all MoE layers: {rows:.2} rows to other ranks, {sent} there and back\n"
             ));
         }
     }

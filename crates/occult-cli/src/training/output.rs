@@ -4,8 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use clap::ValueEnum;
-use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile};
+use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile, write_similarity};
 use occult_model::StoredDtype;
 use occult_train::model::MoeModel;
 use serde_json::Value;
@@ -15,6 +14,8 @@ use crate::train_args::TrainArgs;
 
 /// The placement beside `occult.json`.
 const PLACEMENT: &str = "placement.json";
+/// The tables of the rule `similarity` beside it.
+const SIMILARITY: &str = "similarity.safetensors";
 
 /// What a configuration that training begins with has beside it for a model; other files there are its own business.
 const TAKEN: [&str; 10] = [
@@ -78,9 +79,13 @@ pub(crate) fn limit(to: &Path, model: &MoeModel, placement: &PlacementFile, args
     } else {
         placement.write(&to.join(PLACEMENT))?;
     }
-    let rule = args.rule.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
-    let mut limit = LimitFile::new(PLACEMENT, args.max_ranks, &rule, args.keep_mass);
+    let mut limit = LimitFile::new(PLACEMENT, args.max_ranks, args.rule.name(), args.keep_mass);
     limit.selection_bias = selection_bias;
+    let tables = model.ranks().similarity();
+    if !tables.is_empty() {
+        write_similarity(&to.join(SIMILARITY), &tables)?;
+        limit.similarity = Some(SIMILARITY.to_owned());
+    }
     Ok(limit.write(to)?)
 }
 

@@ -13,7 +13,6 @@ use occult_train::model::ExpertRanks;
 use occult_train::random::hash_bytes;
 
 use crate::args::PruneRule;
-use crate::exit::Usage;
 use crate::train_args::TrainArgs;
 
 /// Said in a placement that nobody asked for.
@@ -62,15 +61,8 @@ pub(super) fn ranks(
     let layers = spec.moe_layers().count();
     let rule = match args.rule {
         PruneRule::RouterScore => Rule::RouterScore,
-        PruneRule::BestMass => Rule::BestMass,
-        PruneRule::Similarity => {
-            return Err(Usage(
-                "--rule similarity needs a table of similar experts, which training does not have; \
-                              choose best-mass or router-score"
-                    .into(),
-            )
-            .into());
-        }
+        // Similarity gets its tables from the caller.
+        PruneRule::BestMass | PruneRule::Similarity => Rule::BestMass,
     };
     let kept = kept(training);
     let path = match &args.placement {

@@ -10,6 +10,7 @@ use indicatif::ProgressBar;
 use occult_comm::Communicator;
 use occult_model::hf::{ExpertLayout, TrainingDefaults, read_spec};
 use occult_model::{LoadOptions, ModelFiles, ModelSpec, StoredDtype, Threads};
+use occult_plan::SimilarityTable;
 use occult_train::TrainError;
 use occult_train::checkpoint::DiskFiles;
 use occult_train::data::Loader;
@@ -17,16 +18,19 @@ use occult_train::log::Entry;
 use occult_train::lora::Lora;
 use occult_train::model::{CommGroup, ExpertRanks, ModelOptions, MoeModel, Replacement, Scope};
 use occult_train::optim::AdamW;
+use occult_train::random::hash_bytes;
 use occult_train::schedule::{LimitSchedule, Schedule};
 use occult_train::trainer::{Guard, Options, Outcome, Trainer, Validation};
 use serde_json::json;
 
 use super::waiting::on_first;
 use super::{data, output, placement};
+use crate::args::PruneRule;
+use crate::exit::Usage;
 use crate::output::{print, print_json, seconds};
 use crate::train_args::{AuxLossOver, TrainArgs, Trained};
 use crate::world::run_world;
-use crate::{progress, setup};
+use crate::{progress, pruning, setup};
 
 /// Where weights come from.
 #[derive(Debug, Clone, Copy)]
@@ -64,8 +68,10 @@ pub(crate) fn run(start: Start<'_>, args: &TrainArgs) -> Result<()> {
         Start::Model(dir) if args.trained != Trained::All => Some(data::weights_fingerprint(dir)?),
         _ => None,
     };
+    let similarity = similarity(args, &spec)?;
     let stop = interrupts()?;
-    run_world(&args.world, |comm| train(start, args, &spec, base, Arc::from(comm), &stop)).map(|_| ())
+    run_world(&args.world, |comm| train(start, args, &spec, &similarity, base, Arc::from(comm), &stop))
+        .map(|_| ())
 }
 
 /// Set by the first interrupt; the second one ends the program at once.
@@ -78,6 +84,15 @@ fn interrupts() -> Result<Arc<AtomicBool>> {
             .context("setting an interrupt handler")?;
     }
     Ok(stop)
+}
+
+/// What the rule `similarity` replaces by; nothing with another rule.
+fn similarity(args: &TrainArgs, spec: &ModelSpec) -> Result<Vec<Arc<SimilarityTable>>> {
+    match (args.rule, &args.similar_by) {
+        (PruneRule::Similarity, Some(path)) => pruning::similarity_tables(path, spec),
+        (PruneRule::Similarity, None) => Err(Usage(pruning::NO_TABLE.to_owned()).into()),
+        _ => Ok(Vec::new()),
+    }
 }
 
 fn options(
@@ -146,6 +161,7 @@ fn train(
     start: Start<'_>,
     args: &TrainArgs,
     spec: &ModelSpec,
+    similarity: &[Arc<SimilarityTable>],
     base: Option<u64>,
     comm: Arc<dyn Communicator>,
     stop: &AtomicBool,
@@ -155,6 +171,7 @@ fn train(
     let dir = start.dir();
     let training = args.output.join("training");
     let (ranks, placement) = placement::ranks(args, &crate::model::name(dir), spec, &training, comm.clone())?;
+    let ranks = if similarity.is_empty() { ranks } else { ranks.with_similarity(similarity.to_vec())? };
     // Rank 0 encodes; the others open what it has left.
     on_first(&*comm, "encoding data", || build(args, dir, spec, &training))?;
     let store = data::build(&args.data, dir, spec, &training)?;
@@ -179,6 +196,11 @@ fn train(
     more.insert("--aux-loss".into(), how.balance_coefficient.to_string());
     more.insert("--aux-loss-over".into(), format!("{:?}", how.balance));
     more.insert("--placement".into(), placement::identity(&placement));
+    if !similarity.is_empty() {
+        let values: Vec<u8> =
+            similarity.iter().flat_map(|t| t.as_slice().iter().flat_map(|v| v.to_le_bytes())).collect();
+        more.insert("--similar-by".into(), format!("{:016x}", hash_bytes(&values)));
+    }
     if let Some(base) = base {
         more.insert("weights of MODEL".into(), format!("{base:016x}"));
     }

@@ -138,7 +138,9 @@ fn every_type(comm: &dyn Communicator) -> Outcome {
     check::<i8>(comm, |from, to| from as i8 - to as i8)?;
     // What bf16 and f16 rows are made of.
     check::<u16>(comm, |from, to| (from * 4096 + to) as u16)?;
+    check::<i16>(comm, |from, to| (from as i16 - to as i16) * 1000)?;
     check::<u32>(comm, |from, to| (from << 20 | to) as u32)?;
+    check::<i32>(comm, |from, to| (from as i32 - to as i32) << 20)?;
     check::<i64>(comm, |from, to| (from as i64 - to as i64) << 40)?;
     check::<u64>(comm, |from, to| (mix(from, to, 0)) as u64)
 }

@@ -6,8 +6,8 @@ use super::keys::{Keys, MAX_EXPERTS, MAX_LAYER_EXPERTS, MAX_LAYERS, MAX_SIZE};
 use super::rope::rope;
 use crate::error::{ModelError, Result};
 use crate::spec::{
-    AttentionSpec, Family, GroupSpec, GroupedSpec, LatentSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm,
-    RopeScaling, RouterSpec, SharedSpec,
+    AttentionSpec, Family, GroupedSpec, LatentSpec, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling,
+    RouterSpec, RoutingGroups, SharedSpec,
 };
 
 /// Name of the configuration file.
@@ -275,7 +275,7 @@ fn moe(keys: &Keys, family: Family) -> Result<MoeSpec> {
                 let message = format!("is {top_k}, but {top_groups} groups have fewer experts");
                 return Err(keys.bad("num_experts_per_tok", message));
             }
-            router.groups = Some(GroupSpec { num_groups, top_groups });
+            router.groups = Some(RoutingGroups { num_groups, top_groups });
         }
     }
     Ok(MoeSpec { expert_size, router, shared })

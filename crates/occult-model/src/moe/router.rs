@@ -140,7 +140,7 @@ fn rule(spec: &RouterSpec) -> occult_moe::RouterSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::GroupSpec;
+    use crate::spec::RoutingGroups;
     use crate::weight::StoredDtype;
     use candle_core::Device;
 
@@ -190,7 +190,7 @@ mod tests {
 
     #[test]
     fn groups_limit_the_choice() -> Result<()> {
-        let groups = Some(GroupSpec { num_groups: 3, top_groups: 1 });
+        let groups = Some(RoutingGroups { num_groups: 3, top_groups: 1 });
         // The best group is the last one; the second best expert, in the first group, is out of reach.
         let r = route(&identity(RouterSpec { groups, ..spec(2) }), [1.9, 1.8, 0.0, 0.0, 0.1, 2.0])?;
         assert_eq!(r.expert_ids, [5, 4]);

@@ -10,10 +10,11 @@
 //! Scores are the router's logits for all experts, `[T, E]`. Ties of scores go to the lower expert id.
 //!
 //! Group-limited routers (DeepSeek-V2 and -V3 choose among the experts of `topk_groups` groups): pruning knows nothing of
-//! groups. Where groups are placed whole, `max_ranks` should be at least `topk_groups`; below it, every token loses a group
-//! that its router wanted. Where groups are spread over ranks, `router-score` can bring in an expert of a group that the
+//! groups. Where groups are placed whole, a limit below `topk_groups` ranks would take from every token a group that its
+//! router wanted: [`check_limit`] refuses it. Where groups are spread over ranks, `router-score` can bring in an expert of a group that the
 //! router had masked; `similarity` and `best-mass` keep every reachable expert the router chose.
 
+mod limit;
 mod rank_set;
 mod ranks_only;
 mod router_rule;
@@ -25,6 +26,7 @@ use crate::{
     LayerPlacement, PlanError, Result, Routing, RoutingBuf, SimilarityTable, Topology,
     dispatch_plan::check_placement,
 };
+pub use limit::{RoutingGroups, check_limit};
 pub use ranks_only::best_mass_ranks_only;
 pub use router_rule::{RouterRule, Scoring};
 pub use stats::PruneStats;

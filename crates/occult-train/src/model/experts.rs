@@ -73,7 +73,7 @@ impl TrainedExperts {
             Some(n) => Some(Limit {
                 placement: ranks.layer(moe_layer)?.clone(),
                 topology: ranks.topology(),
-                rule: ranks.rule().clone(),
+                rule: ranks.rule(moe_layer).clone(),
                 budget: ranks.budget(n),
             }),
         };

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use occult_comm::{Communicator, SoloComm};
 use occult_moe::{LayerOptions, PruneRule, topology_of};
-use occult_plan::{Budget, ExpertId, LayerPlacement, Rank, Topology};
+use occult_plan::prune::check_limit;
+use occult_plan::{Budget, ExpertId, LayerPlacement, Rank, SimilarityTable, Topology};
 
 use crate::error::{Result, TrainError};
 use crate::trainer::Group;
@@ -19,7 +20,8 @@ pub struct ExpertRanks {
     comm: Arc<dyn Communicator>,
     topology: Topology,
     layers: Vec<LayerPlacement>,
-    rule: PruneRule,
+    /// Of each MoE layer.
+    rules: Vec<PruneRule>,
     keep_mass: Option<f64>,
     promised_copies: Option<f64>,
 }
@@ -54,12 +56,23 @@ impl ExpertRanks {
             let found = layer.num_ranks();
             return Err(TrainError::request(format!("a layer placed over {found} ranks, not {ranks}")));
         }
-        Ok(Self { comm, topology, layers, rule, keep_mass: None, promised_copies: None })
+        let rules = vec![rule; layers.len()];
+        Ok(Self { comm, topology, layers, rules, keep_mass: None, promised_copies: None })
     }
 
     /// Adaptive: per token the fewest ranks, up to the limit, that keep this share of its routing mass.
     pub fn with_keep_mass(self, keep_mass: Option<f64>) -> Self {
         Self { keep_mass, ..self }
+    }
+
+    /// Pruning by similarity, with one table per MoE layer.
+    pub fn with_similarity(self, tables: Vec<Arc<SimilarityTable>>) -> Result<Self> {
+        let (found, layers) = (tables.len(), self.layers.len());
+        if found != layers {
+            let message = format!("{found} tables of similar experts for {layers} MoE layers");
+            return Err(TrainError::request(message));
+        }
+        Ok(Self { rules: tables.into_iter().map(PruneRule::Similarity).collect(), ..self })
     }
 
     /// Copies per token that the placement's maker measured: what drift is measured from, instead of the first step.
@@ -71,20 +84,11 @@ impl ExpertRanks {
         self.promised_copies
     }
 
-    /// Errors when some set of `max_ranks` ranks cannot give a token all its experts, or when a router that is limited to
-    /// groups of experts needs more ranks than that.
+    /// Errors when a token could not keep its experts within `max_ranks` ranks: see [`check_limit`].
     pub fn check_limit(&self, max_ranks: usize, router: &occult_model::spec::RouterSpec) -> Result<()> {
-        let k = router.top_k;
         for (moe_layer, layer) in self.layers.iter().enumerate() {
-            let mut held: Vec<usize> =
-                (0..layer.num_ranks()).map(|r| layer.experts_of(r as Rank).len()).collect();
-            held.sort_unstable();
-            let fewest: usize = held.iter().take(max_ranks).sum();
-            if fewest < k {
-                return Err(TrainError::request(format!(
-                    "a limit of {max_ranks} ranks leaves as few as {fewest} experts in MoE layer {moe_layer}, a token needs {k}"
-                )));
-            }
+            check_limit(layer, max_ranks, router.top_k, router.groups)
+                .map_err(|e| TrainError::model("the limit", e.in_layer(moe_layer)))?;
         }
         Ok(())
     }
@@ -116,8 +120,17 @@ impl ExpertRanks {
         })
     }
 
-    pub(super) fn rule(&self) -> &PruneRule {
-        &self.rule
+    /// The tables of [`with_similarity`](Self::with_similarity); none with another rule.
+    pub fn similarity(&self) -> Vec<Arc<SimilarityTable>> {
+        let table = |rule: &PruneRule| match rule {
+            PruneRule::Similarity(table) => Some(Arc::clone(table)),
+            _ => None,
+        };
+        self.rules.iter().filter_map(table).collect()
+    }
+
+    pub(super) fn rule(&self, moe_layer: usize) -> &PruneRule {
+        &self.rules[moe_layer]
     }
 
     pub(super) fn budget(&self, max_ranks: usize) -> Budget {
