@@ -138,10 +138,12 @@ fn a_rate_that_is_too_high_stops_with_the_checkpoint_from_before() {
     let step: usize = path.rsplit_once("step-").expect("a step").1.parse().expect("a number");
     assert!(Path::new(path).join("checkpoint.json").is_file(), "{path}");
     let losses = losses(&room, "bad");
-    let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
-    let before = &losses[step - 4..step];
-    let mean = before.iter().sum::<f64>() / before.len() as f64;
-    assert!(mean < best + 0.5, "step {step}: mean {mean}, best {best}");
+    let mean_of = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len() as f64;
+    // As the guard measures it: the best stretch of up to 16 steps.
+    let stretches = (4..=losses.len()).map(|end| mean_of(&losses[end.saturating_sub(16)..end]));
+    let best = stretches.fold(f64::INFINITY, f64::min);
+    let mean = mean_of(&losses[step - 4..step]);
+    assert!(mean < best + 0.3, "step {step}: mean {mean}, best {best}: {losses:?}");
     assert!(losses[losses.len() - 1] > best + 0.5, "it did rise: {losses:?}");
     assert!(
         losses.len() > step + 4,
@@ -188,9 +190,11 @@ fn what_killed_encodings_and_writers_have_left_is_removed() {
 #[test]
 fn what_lies_beside_the_weights_is_taken_over() {
     let room = Room::new();
-    for name in ["added_tokens.json", "tokenizer.model", "modeling_x.py", "occult.json", "placement.json"] {
-        room.write(&format!("model/{name}"), "{}");
-        room.write(&format!("config/{name}"), "{}");
+    for folder in ["model", "config"] {
+        for name in ["added_tokens.json", "tokenizer.model", "modeling_x.py", "placement.json"] {
+            room.write(&format!("{folder}/{name}"), "{}");
+        }
+        room.write(&format!("{folder}/occult.json"), "{\"format\": \"occult.limit.v1\"}");
     }
     done(&strs(&room.args("tune", "tuned", &[])));
     done(&strs(&room.args("pretrain", "new", &[])));

@@ -28,6 +28,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<()> {
 
 /// What the machine can do.
 struct Limits {
+    /// Of the arithmetic that products with weights are done in.
     gflops: f64,
     gb_per_s: f64,
 }
@@ -78,7 +79,9 @@ fn bench_model(args: &BenchModelArgs) -> Result<()> {
     let bytes_per_value = model::bytes_per_value(&args.load)?;
     let counts = Counts::of(decoder.spec(), bytes_per_value);
     let spinner = progress::spinner("measuring");
-    let (before, mut measured) = (limits(decoder.threads()), Vec::new());
+    // Weights of less than 16 bits are multiplied in 8 bits.
+    let quantised = bytes_per_value < 2.0;
+    let (before, mut measured) = (limits(decoder.threads(), quantised), Vec::new());
     if args.what.contains(&Phase::Prefill) {
         for (batch, len) in [(1, 512), (8, 128)] {
             let len = len.min(decoder.spec().context_len);
@@ -90,7 +93,7 @@ fn bench_model(args: &BenchModelArgs) -> Result<()> {
             measured.push(bench_decode(&decoder, &counts, batch, args)?);
         }
     }
-    let after = limits(decoder.threads());
+    let after = limits(decoder.threads(), quantised);
     spinner.finish_and_clear();
     let limits =
         Limits { gflops: before.gflops.max(after.gflops), gb_per_s: before.gb_per_s.max(after.gb_per_s) };
@@ -104,8 +107,9 @@ fn bench_model(args: &BenchModelArgs) -> Result<()> {
         }));
     }
     print(&format!(
-        "{} threads: multiply-add {:.0} GFLOP/s, memory {:.1} GB/s\n\n",
+        "{} threads: {} {:.0} GFLOP/s, memory {:.1} GB/s\n\n",
         decoder.threads().count(),
+        if quantised { "8-bit multiply-add" } else { "multiply-add" },
         limits.gflops,
         limits.gb_per_s
     ))?;
@@ -126,8 +130,12 @@ fn bench_model(args: &BenchModelArgs) -> Result<()> {
     print(&table.render())
 }
 
-fn limits(threads: &Threads) -> Limits {
-    Limits { gflops: peak::fma_gflops(threads, 20), gb_per_s: peak::read_gb_per_s(threads, READ_BYTES, 5) }
+fn limits(threads: &Threads, quantised: bool) -> Limits {
+    let in_8_bits = if quantised { peak::int8_gops(threads, 20) } else { None };
+    Limits {
+        gflops: in_8_bits.unwrap_or_else(|| peak::fma_gflops(threads, 20)),
+        gb_per_s: peak::read_gb_per_s(threads, READ_BYTES, 5),
+    }
 }
 
 /// Ids that differ, the same in every run.

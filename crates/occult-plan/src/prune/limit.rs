@@ -21,20 +21,25 @@ pub fn check_limit(
     top_k: usize,
     groups: Option<RoutingGroups>,
 ) -> Result<()> {
+    let limit = "the limit on a token's ranks";
+    // Nobody is sent to a rank without experts.
     let mut held: Vec<usize> = (0..layer.num_ranks()).map(|r| layer.experts_of(r as Rank).len()).collect();
+    held.retain(|&n| n > 0);
     held.sort_unstable();
     let fewest: usize = held.iter().take(max_ranks).sum();
     if fewest < top_k {
-        return Err(PlanError::Infeasible(format!(
-            "a limit of {max_ranks} ranks leaves as few as {fewest} experts, a token needs {top_k}"
-        )));
+        let expected = format!("more: it leaves as few as {fewest} experts, a token needs {top_k}");
+        return Err(PlanError::range(limit, expected, max_ranks));
     }
     let Some(groups) = groups else { return Ok(()) };
     match ranks_of_groups(layer, groups) {
-        Some(needed) if max_ranks < needed => Err(PlanError::Infeasible(format!(
-            "a limit of {max_ranks} ranks is below the {needed} ranks of the {} routing groups that a token may use",
-            groups.top_groups
-        ))),
+        Some(needed) if max_ranks < needed => {
+            let expected = format!(
+                "at least the {needed} that the {} routing groups of a token can lie on",
+                groups.top_groups
+            );
+            Err(PlanError::range(limit, expected, max_ranks))
+        }
         _ => Ok(()),
     }
 }
@@ -70,7 +75,7 @@ mod tests {
             assert!(check_limit(&whole, max_ranks, 2, None).is_ok());
         }
         let error = check_limit(&whole, 2, 2, groups).expect_err("refused").to_string();
-        assert!(error.contains("limit of 2 ranks is below the 3 ranks of the 3 routing groups"), "{error}");
+        assert!(error.contains("is 2, expected at least the 3 that the 3 routing groups"), "{error}");
         // Two groups on one rank: three of them can still lie on three ranks.
         assert!(check_limit(&layer(&[0, 0, 0, 0, 1, 1, 2, 2]), 2, 2, groups).is_err());
         assert!(check_limit(&layer(&[0, 0, 0, 0, 1, 1, 1, 1]), 2, 2, groups).is_ok());
