@@ -122,6 +122,14 @@ mod tests {
         assert_eq!(losses.recent.len(), 8, "a bad loss is not remembered");
     }
 
+    #[test]
+    fn what_is_remembered_comes_back_to_the_bit() {
+        let recent: Vec<f64> = (1..2000).map(|i| 7.8 + (f64::from(i) * 0.7).sin() / 9.0).collect();
+        let losses = Losses { first: recent.first().copied(), best: recent.last().copied(), recent };
+        let text = serde_json::to_string(&losses).unwrap();
+        assert_eq!(serde_json::from_str::<Losses>(&text).unwrap(), losses);
+    }
+
     /// The step, counted from 1, at which a run of these losses stops, and the last calm one before it.
     fn stops(guard: &Guard, run: impl IntoIterator<Item = f64>) -> (Option<usize>, usize) {
         let (mut losses, mut calm) = (Losses::default(), 0);
