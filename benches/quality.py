@@ -96,8 +96,8 @@ def carry_out(args, run):
         if run["limit"] is not None or not (model / "model.safetensors").exists():
             shutil.rmtree(model, ignore_errors=True)
             occult(
-                args, "tune", args.model, "--data", args.corpus / "train.store", "--steps", args.steps, "--batch-tokens", 4096,
-                "--micro-batch", 4, "--lr", args.lr, "--seed", run["seed"], "--checkpoint-every", 10 * args.steps,
+                args, "tune", args.model, "--data", args.corpus / "train.store", "--steps", args.steps, "--batch-tokens", 8192,
+                "--micro-batch", 4, "--lr", args.lr, "--warm-up", args.steps // 6, "--seed", run["seed"], "--checkpoint-every", 10 * args.steps,
                 "--aux-loss", 0.02, "--aux-loss-over", "layers", "--ranks", min(args.ranks), *placed,
                 *limit_options(args, run), "-o", model,
             )  # fmt: skip
@@ -237,8 +237,8 @@ def main():
     parser.add_argument("--rules", nargs="+", default=["router-score", "similarity", "best-mass"])
     parser.add_argument("--keep-mass", type=float, nargs="*", default=[0.6, 0.79])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--plot", type=Path)
