@@ -41,7 +41,9 @@ def compare(program, case, folder, limit):
     out = folder / "out"
     tune = ["tune", FIXTURES / case, "--data", folder / "rows.store", "-o", out, "--steps", "3", "--length", "24"]
     tune += ["--batch-tokens", "192", "--lr", "1e-3", "--warm-up", "0", "--threads", "2"]
-    occult(program, *tune, *(["--ranks", "2", "--max-ranks", "1"] if limit else []))
+    # Not below the routing groups of a token, where the router has groups.
+    most = config["topk_group"] if config.get("topk_method") == "group_limited_greedy" else 1
+    occult(program, *tune, *(["--ranks", 2 * most, "--max-ranks", most] if limit else []))
     ids = torch.tensor(json.loads((folder / "ids.json").read_text()))
     occult(program, "logits", out, "--ids", folder / "ids.json", "--out", folder / "logits", "--ranks", "1")
     ours = load_file(folder / "logits")["logits"]
