@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Quality against traffic: what a limit on the ranks a token visits costs, with and without tuning under it.
 
-    benches/quality.py OCCULT MODEL CORPUS OUT [--ranks 4 8] [--limits 1 2 3] [--rules ...] [--keep-mass ...] [--seeds 3]
+    benches/quality.py OCCULT MODEL CORPUS OUT [--ranks 4 8] [--limits 1 2 3] [--rules ...] [--keep-mass ...]
+                          [--max-error ...] [--seeds 3]
     benches/quality.py OCCULT MODEL CORPUS OUT --table --plot docs/quality.svg
 
 CORPUS is what models/recipe/build_corpus.py writes, with its tokens in CORPUS/train.store. A profile of pieces of its
@@ -13,9 +14,11 @@ The seed decides the order of the training data and which pieces are measured, w
 limit the placement changes nothing but rounding: that tuning is done once per seed, and measured over every number of ranks.
 
 Appends a line of JSON per run to OUT/runs.jsonl and leaves out runs that are there: it can be stopped and given again.
-`--table` only prints the table of OUT/runs.jsonl.
+`--table` only prints the table of OUT/runs.jsonl. `--time` measures a training step of every way with a thread per rank, after
+the runs; nothing else should run then.
 """
 import argparse, json, random, shutil, statistics, subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PROFILE_BYTES, MEASURE_BYTES = 50_000, 8_000
@@ -84,32 +87,51 @@ def limit_options(args, run):
     options = ["--max-ranks", run["limit"], "--rule", run["rule"]]
     if run["rule"] == "similarity":
         options += ["--similar-by", args.out / "profile.safetensors"]
-    return options + (["--keep-mass", run["keep_mass"]] if run["keep_mass"] else [])
+    for option in ("keep_mass", "max_error"):
+        options += ["--" + option.replace("_", "-"), run[option]] if run[option] else []
+    return options
+
+
+def placed(args, run):
+    return ["--placement", args.out / f"placement-{run['ranks']}.json"]
+
+
+def tune(args, run, steps, computed_by, to):
+    occult(
+        args, "tune", args.model, "--data", args.corpus / "train.store", "--steps", steps, "--batch-tokens", args.batch_tokens,
+        "--micro-batch", 4, "--lr", args.lr, "--warm-up", args.steps // 6, "--seed", run["seed"], "--checkpoint-every", 10 * args.steps,
+        "--aux-loss", 0.02, "--aux-loss-over", "layers", *computed_by, *placed(args, run), *limit_options(args, run), "-o", to,
+    )  # fmt: skip
+
+
+def step_seconds(args, run):
+    """A step's time with a thread for every rank, nothing else running: the median of five after the first."""
+    to = args.out / "timed"
+    shutil.rmtree(to, ignore_errors=True)
+    tune(args, run, 6, ["--ranks", run["ranks"]], to)
+    log = [json.loads(line) for line in (to / "training/log.jsonl").open()]
+    return statistics.median(step["tokens"] / step["tokens_per_s"] for step in log[1:])
 
 
 def carry_out(args, run):
-    model, placed = args.model, ["--placement", args.out / f"placement-{run['ranks']}.json"]
-    run = dict(run)
+    run, model = dict(run), args.model
     if run["tuned"]:
         # Without a limit every number of ranks learns the same.
-        model = args.out / (f"tuned-{run['seed']}" if run["limit"] is None else "tuned")
+        way = "-".join(str(run[key]) for key in (*WAY, "seed"))
+        model = args.out / (f"tuned-{run['seed']}" if run["limit"] is None else f"tuned-{way}")
         if run["limit"] is not None or not (model / "model.safetensors").exists():
             shutil.rmtree(model, ignore_errors=True)
-            occult(
-                args, "tune", args.model, "--data", args.corpus / "train.store", "--steps", args.steps, "--batch-tokens", 8192,
-                "--micro-batch", 4, "--lr", args.lr, "--warm-up", args.steps // 6, "--seed", run["seed"], "--checkpoint-every", 10 * args.steps,
-                "--aux-loss", 0.02, "--aux-loss-over", "layers", "--ranks", min(args.ranks), *placed,
-                *limit_options(args, run), "-o", model,
-            )  # fmt: skip
-        log = [json.loads(line) for line in (model / "training/log.jsonl").open()]
-        run["step_seconds"] = statistics.median(step["tokens"] / step["tokens_per_s"] for step in log)
+            # What is learned does not depend on how many ranks compute.
+            tune(args, run, args.steps, ["--ranks", 1, "--threads", 1], model)
     texts = sorted((args.out / f"measure-{run['seed']}").iterdir())
     found = json.loads(
         occult(
-            args, "eval", model, "--context", 512, "--ranks", run["ranks"], *placed, *limit_options(args, run),
+            args, "eval", model, "--context", 512, "--ranks", run["ranks"], *placed(args, run), *limit_options(args, run),
             "--text", *texts, "--tasks", args.out / "questions.jsonl", "--json",
         )  # fmt: skip
     )
+    if run["tuned"] and run["limit"] is not None:
+        shutil.rmtree(model)
     run["perplexity"] = found["total"]["perplexity"]
     run["domains"] = {Path(text["file"]).stem: text["perplexity"] for text in found["texts"]}
     run["accuracy"] = found["tasks"][0]["acc"]
@@ -123,18 +145,28 @@ def grid(args):
     """Every run, those with the first seed first."""
     for seed in range(args.seeds):
         for ranks in args.ranks:
-            ways = [("none", None, None)]
-            ways += [(rule, limit, None) for limit in args.limits for rule in args.rules]
-            ways += [("best-mass", ranks, mass) for mass in args.keep_mass]
-            for rule, limit, keep_mass in ways:
+            ways = [("none", None, None, None)]
+            ways += [(rule, limit, None, None) for limit in args.limits for rule in args.rules]
+            ways += [("best-mass", ranks, mass, None) for mass in args.keep_mass]
+            ways += [("least-error", ranks, None, error) for error in args.max_error]
+            for way in ways:
                 for tuned in (False, True):
-                    yield {"ranks": ranks, "rule": rule, "limit": limit, "keep_mass": keep_mass, "tuned": tuned, "seed": seed}
+                    yield {**dict(zip(WAY, (ranks, *way))), "tuned": tuned, "seed": seed}
 
 
-KEYS = ("ranks", "rule", "limit", "keep_mass", "tuned")
+WAY = ("ranks", "rule", "limit", "keep_mass", "max_error")
+KEYS = (*WAY, "tuned")
 
 
-def table(runs):
+def adaptive(way):
+    """What an adaptive budget keeps, in words; nothing of a fixed one."""
+    _, _, _, keep_mass, max_error, *_ = way
+    if keep_mass:
+        return f", {keep_mass} of the mass"
+    return f", error {max_error}" if max_error else ""
+
+
+def table(runs, times):
     def shown(values, form):
         spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
         return format(statistics.fmean(values), form) + spread
@@ -144,36 +176,39 @@ def table(runs):
     groups = {}
     for run in runs:
         groups.setdefault(tuple(run[key] for key in KEYS), []).append(run)
-    order = lambda key: (key[0], key[4], -(key[2] or 99), key[3] or 0, key[1])
+    order = lambda key: (key[0], key[5], -(key[2] or 99), key[3] or 0, -(key[4] or 0), key[1])
     for key in sorted(groups, key=order):
-        ranks, rule, limit, keep_mass, tuned = key
+        ranks, rule, limit, _, _, tuned = key
         of = lambda name: [run[name] for run in groups[key] if name in run]
-        base = {run["seed"]: run["perplexity"] for run in groups.get((ranks, "none", None, None, tuned), [])}
+        base = {run["seed"]: run["perplexity"] for run in groups.get((ranks, "none", None, None, None, tuned), [])}
         over = [100 * (run["perplexity"] / base[run["seed"]] - 1) for run in groups[key] if run["seed"] in base]
         print(
-            f"| {ranks} | {limit or 'none'} | {rule}{f', {keep_mass} of the mass' if keep_mass else ''} | {'yes' if tuned else 'no'} "
+            f"| {ranks} | {limit or 'none'} | {rule}{adaptive(key)} | {'yes' if tuned else 'no'} "
             f"| {shown(of('C_T'), '.2f')} | {shown(of('rows_per_token'), '.2f')} | {shown(of('load'), '.2f')} "
             f"| {shown(of('perplexity'), '.2f')} | {shown(over, '+.2f') + ' %' if over else ''} "
             f"| {shown([100 * a for a in of('accuracy')], '.1f')} % "
-            f"| {format(statistics.median(of('step_seconds')), '.2f') if of('step_seconds') else ''} |"
+            f"| {format(times[key[:-1]], '.2f') if tuned and key[:-1] in times else ''} |"
         )
     domains = sorted(runs[0]["domains"])
     print("\n| ranks | limit | rule | tuned | " + " | ".join(domains) + " |")
     print("|---|---|---|---|" + "---|" * len(domains))
     for key in sorted(groups, key=order):
-        ranks, rule, limit, keep_mass, tuned = key
+        ranks, rule, limit, _, _, tuned = key
         mean = lambda d: statistics.fmean(run["domains"][d] for run in groups[key])
         print(
-            f"| {ranks} | {limit or 'none'} | {rule}{f', {keep_mass}' if keep_mass else ''} | {'yes' if tuned else 'no'} | "
+            f"| {ranks} | {limit or 'none'} | {rule}{adaptive(key)} | {'yes' if tuned else 'no'} | "
             + " | ".join(f"{mean(d):.2f}" for d in domains) + " |"
         )  # fmt: skip
 
 
-COLOURS = {"router-score": "#c94a0a", "similarity": "#a87a12", "best-mass": "#0b5fa5", "adaptive": "#0a8f6a"}
+COLOURS = {
+    "router-score": "#c94a0a", "similarity": "#a87a12", "best-mass": "#0b5fa5", "least-error": "#7a3fb0",
+    "adaptive, mass": "#58a6d8", "adaptive, error": "#0a8f6a",
+}  # fmt: skip
 
 
 def over_tuned(runs):
-    """Per (ranks, rule, limit, keep_mass, tuned): copies per token, and perplexity over ordinary tuning, in %, by seed."""
+    """Per way and whether tuned: copies per token, and perplexity over ordinary tuning, in %, by seed."""
     base = {(r["ranks"], r["seed"]): r["perplexity"] for r in runs if r["limit"] is None and r["tuned"]}
     points = {}
     for run in runs:
@@ -184,7 +219,7 @@ def over_tuned(runs):
 
 
 def plot(runs, path):
-    """Perplexity over ordinary tuning against copies per token: hollow without tuning under the limit, filled with."""
+    """Perplexity over ordinary tuning against copies per token: hollow without tuning under the limit, filled with it."""
     points = over_tuned(runs)
     panels, width, height, left, top, bottom = sorted({key[0] for key in points}), 420, 340, 50, 30, 40
     highest = max(statistics.fmean(y for _, y in values) for values in points.values())
@@ -207,9 +242,9 @@ def plot(runs, path):
         svg.append(f'<text x="{px((1 + most) / 2):.1f}" y="{height - 6}" text-anchor="middle">copies per token</text>')
         svg.append(f'<text x="{px(1):.1f}" y="18">{ranks} ranks: perplexity over ordinary tuning, %</text>')
         lines = {}
-        for (of, rule, limit, keep_mass, tuned), values in points.items():
+        for (of, rule, _, keep_mass, max_error, tuned), values in points.items():
             if of == ranks:
-                name = "adaptive" if keep_mass else rule
+                name = "adaptive, mass" if keep_mass else "adaptive, error" if max_error else rule
                 x, y = (statistics.fmean(v[i] for v in values) for i in (0, 1))
                 spread = statistics.stdev(v[1] for v in values) if len(values) > 1 else 0.0
                 lines.setdefault((name, tuned), []).append((x, y, spread))
@@ -234,26 +269,41 @@ def main():
         parser.add_argument(name, type=kind)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--limits", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rules", nargs="+", default=["router-score", "similarity", "best-mass"])
-    parser.add_argument("--keep-mass", type=float, nargs="*", default=[0.6, 0.79])
+    parser.add_argument("--rules", nargs="+", default=["router-score", "similarity", "best-mass", "least-error"])
+    parser.add_argument("--keep-mass", type=float, nargs="*", default=[0.79])
+    parser.add_argument("--max-error", type=float, nargs="*", default=[0.063, 0.085])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--time", action="store_true")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     record = args.out / "runs.jsonl"
     if not args.table:
         prepare(args)
-    runs = [json.loads(line) for line in record.open()] if record.exists() else []
+    runs = [{"max_error": None, **json.loads(line)} for line in record.open()] if record.exists() else []
     done = {tuple(run[key] for key in (*KEYS, "seed")) for run in runs}
-    for run in [] if args.table else grid(args):
-        if tuple(run[key] for key in (*KEYS, "seed")) not in done:
-            runs.append(carry_out(args, run))
-            with record.open("a") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
-    table(runs)
+    missing = [] if args.table else [run for run in grid(args) if tuple(run[key] for key in (*KEYS, "seed")) not in done]
+    # Ordinary tuning is one run for every number of ranks: not two at a time.
+    for at_once, part in ((1, [r for r in missing if r["limit"] is None]), (args.jobs, [r for r in missing if r["limit"] is not None])):
+        with ThreadPoolExecutor(at_once) as pool:
+            for run in pool.map(lambda run: carry_out(args, run), part):
+                runs.append(run)
+                with record.open("a") as file:
+                    file.write(json.dumps(run) + "\n")
+    timed = args.out / "times.jsonl"
+    times = [json.loads(line) for line in timed.open()] if timed.exists() else []
+    for way in grid(args) if args.time else []:
+        known = [time for time in times if all(time[key] == way[key] for key in WAY)]
+        if way["tuned"] and not known:
+            times.append({**{key: way[key] for key in WAY}, "step_seconds": step_seconds(args, way)})
+            with timed.open("a") as file:
+                file.write(json.dumps(times[-1]) + "\n")
+    table(runs, {tuple(time[key] for key in WAY): time["step_seconds"] for time in times})
     if args.plot:
         plot(runs, args.plot)
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use occult_formats::{ExportFormat, ImportFormat};
+use occult_plan::Budget;
 use occult_plan::graph::MAX_THRESHOLDS;
 use occult_plan::placement::Method;
 
@@ -380,6 +381,30 @@ pub(crate) enum PruneRule {
     Similarity,
     /// The ranks that keep most of the routing mass
     BestMass,
+    /// The ranks that keep most of the squared routing weights: the layer's output changes least
+    LeastError,
+}
+
+/// What of a token's routing the fewest ranks must keep, up to the most ranks it may visit.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct AdaptiveArgs {
+    /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
+    #[arg(long, value_parser = keep_mass, value_name = "SHARE", requires = "max_ranks")]
+    keep_mass: Option<f64>,
+    /// Adaptive: per token the fewest ranks (up to --max-ranks) that lose at most so much routing weight (the root of the
+    /// sum of the squared weights of its experts on other ranks)
+    #[arg(long, value_parser = max_error, value_name = "WEIGHT", requires = "max_ranks", conflicts_with = "keep_mass")]
+    max_error: Option<f64>,
+}
+
+impl AdaptiveArgs {
+    pub(crate) fn budget(self, max_ranks: usize) -> Budget {
+        match (self.keep_mass, self.max_error) {
+            (Some(share), _) => Budget::Adaptive { max_ranks, share },
+            (None, Some(error)) => Budget::Bounded { max_ranks, error },
+            (None, None) => Budget::Fixed { max_ranks },
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -394,9 +419,8 @@ pub(crate) struct PruneArgs {
     /// How ranks and replacements are chosen
     #[arg(long, value_enum, default_value_t = PruneRule::BestMass)]
     pub(crate) rule: PruneRule,
-    /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
-    #[arg(long, value_parser = keep_mass, value_name = "SHARE")]
-    pub(crate) keep_mass: Option<f64>,
+    #[command(flatten)]
+    pub(crate) adaptive: AdaptiveArgs,
     /// Only choose ranks, name no replacements: works on profiles with weights but without all scores (best-mass only)
     #[arg(long)]
     pub(crate) ranks_only: bool,
@@ -479,8 +503,12 @@ fn holdout(text: &str) -> Result<f64, String> {
     number(text, "a share from 0 to below 1", |x| (0.0..1.0).contains(&x))
 }
 
-pub(crate) fn keep_mass(text: &str) -> Result<f64, String> {
+fn keep_mass(text: &str) -> Result<f64, String> {
     number(text, "a share above 0, at most 1", |x| x > 0.0 && x <= 1.0)
+}
+
+fn max_error(text: &str) -> Result<f64, String> {
+    number(text, "a finite number above 0", |x| x > 0.0 && x.is_finite())
 }
 
 fn load_cap(text: &str) -> Result<f64, String> {

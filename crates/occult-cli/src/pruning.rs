@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use occult_formats::{Columns, FormatError, Profile};
 use occult_model::ModelSpec;
 use occult_plan::prune::best_mass_ranks_only;
 use occult_plan::{
-    Budget, HomeRanks, LayerPlacement, PlanError, PruneStats, RouterRule, Rule, SimilarityAccumulator,
+    Budget, HomeRanks, LayerPlacement, PlanError, PruneStats, RouterRule, SimilarityAccumulator,
     SimilarityTable, Topology, TrafficMeter, prune,
 };
 
@@ -22,7 +22,7 @@ pub(crate) const NO_TABLE: &str =
 const CHUNK_ROWS: usize = 16_384;
 
 impl PruneRule {
-    pub(crate) const ALL: [Self; 3] = [Self::RouterScore, Self::Similarity, Self::BestMass];
+    pub(crate) const ALL: [Self; 4] = [Self::RouterScore, Self::Similarity, Self::BestMass, Self::LeastError];
 
     /// The rule of this name.
     pub(crate) fn named(name: &str) -> Option<Self> {
@@ -34,7 +34,18 @@ impl PruneRule {
             Self::RouterScore => "router-score",
             Self::Similarity => "similarity",
             Self::BestMass => "best-mass",
+            Self::LeastError => "least-error",
         }
+    }
+
+    /// The rule with the table that it replaces experts by; `None` where it has to have one.
+    pub(crate) fn with(self, table: Option<&Arc<SimilarityTable>>) -> Option<occult_moe::PruneRule> {
+        Some(match self {
+            Self::RouterScore => occult_moe::PruneRule::RouterScore,
+            Self::Similarity => occult_moe::PruneRule::Similarity(Arc::clone(table?)),
+            Self::BestMass => occult_moe::PruneRule::BestMass,
+            Self::LeastError => occult_moe::PruneRule::LeastError,
+        })
     }
 }
 
@@ -88,19 +99,14 @@ pub(crate) fn prune_layer(
 ) -> Result<PrunedLayer> {
     require_scores(profile, layer, rule)?;
     let table = match rule {
-        PruneRule::Similarity => Some(similarity(profile, layer)?),
+        PruneRule::Similarity => Some(Arc::new(similarity(profile, layer)?)),
         _ => None,
     };
-    let rule = match (rule, &table) {
-        (PruneRule::RouterScore, _) => Rule::RouterScore,
-        (PruneRule::BestMass, _) => Rule::BestMass,
-        (PruneRule::Similarity, Some(table)) => Rule::Similarity(table),
-        (PruneRule::Similarity, None) => bail!("the similarity rule has no table"),
-    };
+    let rule = rule.with(table.as_ref()).context("the similarity rule has no table")?;
     let mut stats = PruneStats::default();
     let mut meter = TrafficMeter::new(placement, topology, HomeRanks::Uniform)?;
     for_each_chunk(profile, layer, |routing| {
-        let pruned = prune(routing, placement, topology, rule, budget, router)?;
+        let pruned = prune(routing, placement, topology, rule.rule(), budget, router)?;
         stats.merge(&pruned.stats);
         meter.add(&pruned.routing.view()?)
     })?;
@@ -172,12 +178,4 @@ pub(crate) fn total(layers: &[PrunedLayer]) -> PruneStats {
 pub(crate) fn mean_load(layers: &[PrunedLayer]) -> Option<f64> {
     let sum = layers.iter().map(|l| l.load_max_over_mean).sum::<Option<f64>>();
     sum.map(|s| s / layers.len().max(1) as f64)
-}
-
-/// A budget from the command line.
-pub(crate) fn budget(max_ranks: usize, keep_mass: Option<f64>) -> Budget {
-    match keep_mass {
-        Some(share) => Budget::Adaptive { max_ranks, share },
-        None => Budget::Fixed { max_ranks },
-    }
 }

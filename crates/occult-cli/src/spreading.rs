@@ -8,12 +8,12 @@ use clap::{Args, ValueEnum};
 use occult_comm::{Communicator, Meter, Metered};
 use occult_formats::{Columns, LimitFile, PlacementFile, Profile, read_similarity};
 use occult_model::{Decoder, LoadOptions, ModelSpec, Ranks, Spread, Threads};
-use occult_moe::{LayerOptions, Mode, Overlap, PruneRule as Rule, Pruning, topology_of};
+use occult_moe::{LayerOptions, Mode, Overlap, Pruning, topology_of};
 use occult_plan::placement::{Method, contiguous};
 use occult_plan::prune::check_limit;
 use occult_plan::{Placement, SimilarityTable, Topology};
 
-use crate::args::{ClusterArgs, PruneRule, SearchArgs};
+use crate::args::{AdaptiveArgs, ClusterArgs, PruneRule, SearchArgs};
 use crate::exit::Usage;
 use crate::model_args::LoadArgs;
 use crate::placing::{LayerInput, Placer};
@@ -56,9 +56,8 @@ pub(crate) struct SpreadArgs {
     /// How ranks and replacements are chosen [default: what the model was tuned with, else best-mass]
     #[arg(long, value_enum, requires = "max_ranks")]
     rule: Option<PruneRule>,
-    /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
-    #[arg(long, value_parser = crate::args::keep_mass, value_name = "SHARE", requires = "max_ranks")]
-    keep_mass: Option<f64>,
+    #[command(flatten)]
+    adaptive: AdaptiveArgs,
     /// For --rule similarity: a routing profile with router logits to compare experts by [default: what the model was
     /// tuned with]
     #[arg(long, value_name = "PROFILE", requires = "max_ranks")]
@@ -181,15 +180,13 @@ impl<'a> Wanted<'a> {
             PruneRule::named(name)
                 .with_context(|| format!("{}: rule {name:?} is not known", load.model.display()))
         };
-        let (max, rule, mass) = match (args.max_ranks, &limit) {
-            (Some(n), limit) => {
-                let tuned = limit.as_ref().map(|l| named(&l.rule)).transpose()?;
-                (Some(usize::from(n)), args.rule.or(tuned).unwrap_or(PruneRule::BestMass), args.keep_mass)
-            }
-            (None, Some(limit)) => (limit.max_ranks, named(&limit.rule)?, limit.keep_mass),
-            (None, None) => (None, PruneRule::BestMass, None),
+        let tuned = limit.as_ref().map(|l| named(&l.rule)).transpose()?;
+        let rule = args.rule.or(tuned).unwrap_or(PruneRule::BestMass);
+        let budget = match (args.max_ranks, &limit) {
+            (Some(n), _) => Some(args.adaptive.budget(usize::from(n))),
+            (None, limit) => limit.as_ref().and_then(LimitFile::budget),
         };
-        let similarity = match (max, rule) {
+        let similarity = match (budget, rule) {
             (Some(_), PruneRule::Similarity) => match (&args.similar_by, limit.and_then(|l| l.similarity)) {
                 (Some(path), _) => pruning::similarity_tables(path, spec)?,
                 (None, Some(name)) => {
@@ -201,12 +198,10 @@ impl<'a> Wanted<'a> {
             },
             _ => Vec::new(),
         };
-        let rule = match (rule, similarity.first()) {
-            (PruneRule::RouterScore, _) => Rule::RouterScore,
-            (PruneRule::Similarity, Some(table)) => Rule::Similarity(Arc::clone(table)),
-            _ => Rule::BestMass,
+        let pruning = match (budget, rule.with(similarity.first())) {
+            (Some(budget), Some(rule)) => Some(Pruning { rule, budget }),
+            _ => None,
         };
-        let pruning = max.map(|max| Pruning { rule, budget: pruning::budget(max, mass) });
         let file = file.map(|f| f.placement);
         Ok(Self { args, spec, file, profile, pruning, similarity, computed: OnceLock::new() })
     }

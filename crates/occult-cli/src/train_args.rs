@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use occult_model::hf::BalanceLoss;
+use occult_plan::Budget;
 use occult_train::schedule::Decay;
 
-use crate::args::PruneRule;
+use crate::args::{AdaptiveArgs, PruneRule};
 use crate::model_args::Dtype;
 use crate::world::WorldArgs;
 
@@ -179,9 +180,8 @@ pub(crate) struct TrainArgs {
     /// How ranks and replacements are chosen
     #[arg(long, value_enum, default_value_t = PruneRule::BestMass, requires = "max_ranks")]
     pub(crate) rule: PruneRule,
-    /// Adaptive: per token the fewest ranks (up to --max-ranks) that keep this share of its routing mass
-    #[arg(long, value_parser = crate::args::keep_mass, value_name = "SHARE", requires = "max_ranks")]
-    pub(crate) keep_mass: Option<f64>,
+    #[command(flatten)]
+    pub(crate) adaptive: AdaptiveArgs,
     /// For --rule similarity: a routing profile with router logits to compare experts by
     #[arg(long, value_name = "PROFILE", requires = "max_ranks")]
     pub(crate) similar_by: Option<PathBuf>,
@@ -230,9 +230,14 @@ impl TrainArgs {
             all.push(("--lora-rank", self.lora_rank.to_string()));
             all.push(("--lora-alpha", self.lora_alpha.to_string()));
         }
-        if self.max_ranks.is_some() {
+        if let Some(max_ranks) = self.max_ranks {
             all.push(("--rule", name(&self.rule)));
-            all.push(("--keep-mass", self.keep_mass.map_or("none".into(), |m| m.to_string())));
+            let (option, bound) = match self.adaptive.budget(max_ranks) {
+                Budget::Fixed { .. } => ("--keep-mass", "none".to_owned()),
+                Budget::Adaptive { share, .. } => ("--keep-mass", share.to_string()),
+                Budget::Bounded { error, .. } => ("--max-error", error.to_string()),
+            };
+            all.push((option, bound));
         }
         if let Some(rate) = self.balance_bias {
             all.push(("--balance-bias", rate.to_string()));

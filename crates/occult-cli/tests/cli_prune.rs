@@ -5,7 +5,7 @@ mod common;
 use common::{Lab, Rows, Table, close, list, number, says};
 use serde_json::Value;
 
-const RULES: [&str; 3] = ["router-score", "similarity", "best-mass"];
+const RULES: [&str; 4] = ["router-score", "similarity", "best-mass", "least-error"];
 const TOKENS: usize = 250;
 const EXPERTS: usize = 24;
 const K: usize = 4;
@@ -254,6 +254,19 @@ fn an_adaptive_budget_gives_easy_tokens_fewer_ranks() {
         let figures = prune(&lab, &format!("--max-ranks 1 --keep-mass 0.99 --rule {rule}"));
         assert_eq!(number(&figures["mean"], "copies_per_token"), 1.0);
     }
+}
+
+#[test]
+fn a_smaller_error_takes_more_ranks() {
+    let (_, lab, _) = setup();
+    let copies = |error: f64| {
+        let limit = format!("--rule least-error --max-ranks {RANKS} --max-error {error}");
+        number(&prune(&lab, &limit)["mean"], "copies_per_token")
+    };
+    let found = [1e3, 0.2, 0.1, 0.02, 1e-9].map(copies);
+    assert!(found.is_sorted() && found[0] == 1.0 && found[1] < found[3], "{found:?}");
+    let all = &prune(&lab, &format!("--max-ranks {RANKS}"))["mean"];
+    close(found[4], number(all, "copies_per_token"), "nothing lost");
 }
 
 #[test]

@@ -117,6 +117,8 @@ fn wrong_usage_is_exit_code_2_before_anything_is_read() {
         "prune profile.safetensors placement.json --max-ranks 2 --rule coin-toss",
         "prune profile.safetensors placement.json --max-ranks 2 --keep-mass 1.5",
         "prune profile.safetensors placement.json --max-ranks 2 --keep-mass 0",
+        "prune profile.safetensors placement.json --max-ranks 2 --max-error 0",
+        "prune profile.safetensors placement.json --max-ranks 2 --max-error 0.1 --keep-mass 0.9",
         "prune profile.safetensors placement.json --max-ranks 2 --ranks-only --rule similarity",
         "report profile.safetensors --ranks 0",
         "report profile.safetensors --holdout 2",

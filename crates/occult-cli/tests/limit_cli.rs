@@ -36,7 +36,7 @@ fn eval(model: &str, ids: &str, more: &[&str]) -> Value {
 
 #[test]
 fn what_was_tuned_in_is_active_by_default() {
-    for rule in ["router-score", "similarity", "best-mass"] {
+    for rule in ["router-score", "similarity", "best-mass", "least-error"] {
         let dir = Dir::new();
         let model = tuned(&dir, &["--rule", rule]);
         let (ids, profile, placement) =
@@ -53,6 +53,26 @@ fn what_was_tuned_in_is_active_by_default() {
         let all = eval(&model, &ids, &["--max-ranks", "4"]);
         assert_ne!(found["total"], all["total"], "{rule}");
         assert!(all["copies_per_token"].as_f64().expect("copies") > copies, "{rule}");
+    }
+}
+
+/// Other ids of the same experts: what each rank holds and what replaces what is the same.
+#[test]
+fn a_permuted_model_keeps_its_limit() {
+    for rule in ["similarity", "least-error"] {
+        let dir = Dir::new();
+        let model = tuned(&dir, &["--rule", rule]);
+        let (ids, placement, out) = (dir.path("ids.json"), dir.path("other.json"), dir.path("permuted"));
+        let profile = dir.path("profile.safetensors");
+        done(&["place", &profile, "--ranks", "2", "--equal", "-o", &placement]);
+        done(&["permute", &model, &placement, "-o", &out]);
+        let file =
+            |model: &str| std::fs::read_to_string(format!("{model}/placement.json")).expect("placement");
+        assert_ne!(file(&model), file(&out));
+        let (before, after) = (eval(&model, &ids, &[]), eval(&out, &ids, &[]));
+        assert_eq!(before["copies_per_token"], after["copies_per_token"], "{rule}");
+        let perplexity = |found: &Value| found["total"]["perplexity"].as_f64().expect("perplexity");
+        assert!((perplexity(&before) / perplexity(&after) - 1.0).abs() < 1e-5, "{rule}: {before} {after}");
     }
 }
 

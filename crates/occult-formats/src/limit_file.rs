@@ -2,13 +2,14 @@
 //! a token visits, and the bias on the routers' choices.
 //!
 //! ```json
-//! { "format": "occult.limit.v1", "placement": "placement.json", "max_ranks": 2, "rule": "best-mass", "keep_mass": null, "similarity": null }
+//! { "format": "occult.limit.v1", "placement": "placement.json", "max_ranks": 2, "rule": "best-mass", "keep_mass": null, "max_error": null, "similarity": null }
 //! ```
 //! Every field but `format` can be absent; `"selection_bias": [[..], ..]` has one number per expert for each MoE layer.
 //! Other programs do not read it: for them the directory is the model without a limit and without the bias.
 
 use std::path::{Path, PathBuf};
 
+use occult_plan::Budget;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{FormatError, Result};
@@ -29,12 +30,15 @@ pub struct LimitFile {
     /// Most ranks of a token; absent: no limit.
     #[serde(default)]
     pub max_ranks: Option<usize>,
-    /// How ranks and replacements are chosen: `best-mass`, `router-score` or `similarity`.
+    /// How ranks and replacements are chosen: `best-mass`, `least-error`, `router-score` or `similarity`.
     #[serde(default = "best_mass")]
     pub rule: String,
     /// Adaptive: the share of the routing mass that the fewest ranks must keep.
     #[serde(default)]
     pub keep_mass: Option<f64>,
+    /// Adaptive: the most weight that the fewest ranks may lose ([`Budget::Bounded`]).
+    #[serde(default)]
+    pub max_error: Option<f64>,
     /// For the rule `similarity`: file name of the tables ([`read_similarity`](crate::read_similarity)) in the same directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub similarity: Option<String>,
@@ -48,24 +52,44 @@ fn best_mass() -> String {
 }
 
 impl LimitFile {
-    /// A description for a placement that lies in the same directory under this name.
-    pub fn new(placement: &str, max_ranks: Option<usize>, rule: &str, keep_mass: Option<f64>) -> Self {
-        let (format, placement, rule) = (LIMIT_FORMAT.into(), Some(placement.into()), rule.into());
-        Self { format, placement, max_ranks, rule, keep_mass, similarity: None, selection_bias: None }
+    /// A description for a placement that lies in the same directory under this name; without a budget there is no limit.
+    pub fn new(placement: &str, rule: &str, budget: Option<Budget>) -> Self {
+        let mut file = Self { placement: Some(placement.into()), rule: rule.into(), ..Self::empty() };
+        file.max_ranks = budget.map(Budget::max_ranks);
+        match budget {
+            None | Some(Budget::Fixed { .. }) => {}
+            Some(Budget::Adaptive { share, .. }) => file.keep_mass = Some(share),
+            Some(Budget::Bounded { error, .. }) => file.max_error = Some(error),
+        }
+        file
     }
 
     /// A description of a bias on the routers' choices alone.
     pub fn of_bias(selection_bias: Vec<Vec<f32>>) -> Self {
-        let (format, rule, selection_bias) = (LIMIT_FORMAT.into(), best_mass(), Some(selection_bias));
+        Self { selection_bias: Some(selection_bias), ..Self::empty() }
+    }
+
+    fn empty() -> Self {
         Self {
-            format,
+            format: LIMIT_FORMAT.into(),
             placement: None,
             max_ranks: None,
-            rule,
+            rule: best_mass(),
             keep_mass: None,
+            max_error: None,
             similarity: None,
-            selection_bias,
+            selection_bias: None,
         }
+    }
+
+    /// How many ranks a token may visit; `None` without a limit.
+    pub fn budget(&self) -> Option<Budget> {
+        let max_ranks = self.max_ranks?;
+        Some(match (self.keep_mass, self.max_error) {
+            (Some(share), _) => Budget::Adaptive { max_ranks, share },
+            (None, Some(error)) => Budget::Bounded { max_ranks, error },
+            (None, None) => Budget::Fixed { max_ranks },
+        })
     }
 
     /// Reads the bias on the routers' choices of a model directory; `None` where it has none.
@@ -137,9 +161,18 @@ mod tests {
         let meta = PlacementMeta { layer_ids: vec![0], method: "test".into(), ..PlacementMeta::default() };
         let placement = PlacementFile::new(meta, placement).expect("file");
         placement.write(&dir.path().join("placement.json")).expect("written");
-        let file = LimitFile::new("placement.json", Some(1), "best-mass", None);
+        let file =
+            LimitFile::new("placement.json", "best-mass", Some(Budget::Bounded { max_ranks: 1, error: 0.1 }));
         file.write(dir.path()).expect("written");
         assert_eq!(LimitFile::read(dir.path()).expect("read"), Some((file.clone(), placement)));
+        for budget in [
+            None,
+            Some(Budget::Fixed { max_ranks: 2 }),
+            Some(Budget::Adaptive { max_ranks: 2, share: 0.7 }),
+            Some(Budget::Bounded { max_ranks: 2, error: 0.2 }),
+        ] {
+            assert_eq!(LimitFile::new("placement.json", "best-mass", budget).budget(), budget);
+        }
         for (bad, message) in [
             (LimitFile { max_ranks: Some(3), ..file.clone() }, "max_ranks is 3"),
             (

@@ -1,4 +1,5 @@
-//! `similarity.safetensors` in a model directory: the tables that the pruning rule `similarity` replaces experts by.
+//! `occult.similarity` in a model directory, a safetensors file by another name (engines take every `*.safetensors` for weights): the
+//! tables that the pruning rule `similarity` replaces experts by.
 //!
 //! One tensor `layers.N.similarity` `[E, E]` f32 per MoE layer, counted from 0.
 
@@ -66,7 +67,7 @@ mod tests {
     #[test]
     fn tables_come_back_and_others_are_refused() {
         let dir = tempfile::tempdir().expect("directory");
-        let path = dir.path().join("similarity.safetensors");
+        let path = dir.path().join("occult.similarity");
         let table = |v: f32| SimilarityTable::from_values(2, vec![1.0, v, v, 1.0]).expect("table");
         let tables = vec![table(0.25), table(0.5)];
         write_similarity(&path, &tables).expect("written");

@@ -76,7 +76,7 @@ pub use occult_kernels::ops::router::router_z_loss;
 pub use occult_kernels::{Threads, quant};
 pub use parameters::{Gradient, MakeTrainableMoe, ModelParameters, Parameter, ParameterKind};
 pub use passes::{PASS_ROWS, Pass, PassObserver, for_each_pass, passes};
-pub use permute::{MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
+pub use permute::{Beside, MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use quantise::{QuantisedClass, quantise};
 pub use ranks::{MAX_PLACEMENT_DIFFERENCE, Ranks, Replaced, Spread};
 pub use rewrite::{ConvertOptions, Progress, convert, files_beside_weights};

@@ -69,15 +69,20 @@ pub fn expert_order(layer: &LayerPlacement, groups: Option<RoutingGroups>) -> Re
     Ok(order)
 }
 
+/// Is given a directory that has everything but its name, and [`PermuteReport::orders`].
+pub type Beside<'a> = dyn FnMut(&Path, &[Vec<ExpertId>]) -> Result<()> + 'a;
+
 /// Writes the model in `from` to the new directory `to` with its experts in the order of `placement` (one table per MoE
-/// layer): router rows and experts move together. Both models then compute the logits of `sample`, or of made-up tokens;
-/// `to` appears only if they agree within [`MAX_LOGIT_DIFFERENCE`]. `progress` is told while weights are written.
+/// layer): router rows and experts move together. `beside` may rewrite what else in the directory names experts. Both models
+/// then compute the logits of `sample`, or of made-up tokens; `to` appears only if they agree within
+/// [`MAX_LOGIT_DIFFERENCE`]. `progress` is told while weights are written.
 pub fn permute(
     from: &Path,
     placement: &Placement,
     to: &Path,
     sample: Option<&[u32]>,
     progress: &mut Progress<'_>,
+    beside: &mut Beside<'_>,
 ) -> Result<PermuteReport> {
     let files = ModelFiles::open(from, LoadOptions::default())?;
     let spec = files.spec();
@@ -108,6 +113,7 @@ pub fn permute(
     let options = ConvertOptions { layout: files.names().layout, dtype: None };
     let (mut logit_difference, mut routing_changes) = (0.0, 0);
     rewrite(&files, to, &options, Some(&orders), progress, |dir| {
+        beside(dir, &orders)?;
         let after = run(&ModelFiles::open(dir, LoadOptions::default())?, &ids)?;
         logit_difference = difference(&before.logits, &after.logits);
         // A difference that is no number must not pass.

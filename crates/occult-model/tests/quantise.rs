@@ -130,7 +130,7 @@ fn what_cannot_be_done_with_quantised_weights_is_said() {
     is(quantise(&q, &out, Format::Q4, &Threads::new(1), &mut |_, _| ()).expect_err("again"));
     let even = LayerPlacement::from_rank_experts(8, &[[0u16, 2, 4, 6], [1, 3, 5, 7]]).expect("even");
     let placement = Placement::new(Topology::new(2, 1).expect("topology"), vec![even; 2]).expect("placement");
-    is(permute(&q, &placement, &out, None, &mut |_, _| ()).expect_err("permute"));
+    is(permute(&q, &placement, &out, None, &mut |_, _| (), &mut |_, _| Ok(())).expect_err("permute"));
     let config = fs::read_to_string(q.join("config.json")).expect("config");
     assert!(config.contains("\"quant_method\": \"occult\""), "{config}");
 }

@@ -156,7 +156,9 @@ fn permuted_experts_give_the_same_logits_in_every_family() {
     for case in CASES.iter().filter(|c| !c.contains("groups")) {
         let out = temp.path().join(case);
         let sample: Vec<u32> = Reference::of(case).sequences().concat();
-        let report = permute(&dir(case), &strided(case, 4), &out, Some(&sample), &mut silent()).expect(case);
+        let report =
+            permute(&dir(case), &strided(case, 4), &out, Some(&sample), &mut silent(), &mut |_, _| Ok(()))
+                .expect(case);
         assert!(report.logit_difference < 1e-5 && report.routing_changes == 0, "{case}: {report:?}");
         assert_eq!(report.checked_tokens, sample.len());
         assert_eq!(report.orders[0][..2], [0, 4], "rank 0 holds 0, 4, 8 ...");
@@ -171,7 +173,10 @@ fn permuted_experts_give_the_same_logits_in_every_family() {
 fn routing_groups_stay_together() {
     let case = "deepseek_v2-groups-bf16"; // 12 experts in 4 groups
     let temp = tempfile::tempdir().expect("temp");
-    let error = permute(&dir(case), &strided(case, 4), &temp.path().join("a"), None, &mut silent())
+    let error =
+        permute(&dir(case), &strided(case, 4), &temp.path().join("a"), None, &mut silent(), &mut |_, _| {
+            Ok(())
+        })
         .expect_err("splits groups");
     assert!(error.to_string().contains("experts of a group must stay together"), "{error}");
     assert!(!temp.path().join("a").exists());
@@ -180,8 +185,9 @@ fn routing_groups_stay_together() {
     let swap = LayerPlacement::from_rank_experts(12, &[[6u16, 7, 8], [9, 10, 11], [0, 1, 2], [3, 4, 5]])
         .expect("whole groups");
     let placement = Placement::new(Topology::new(4, 1).expect("topology"), vec![swap; 2]).expect("placement");
-    let report = permute(&dir(case), &placement, &temp.path().join("b"), None, &mut silent())
-        .expect("whole groups move");
+    let report =
+        permute(&dir(case), &placement, &temp.path().join("b"), None, &mut silent(), &mut |_, _| Ok(()))
+            .expect("whole groups move");
     assert!(report.logit_difference < 1e-5, "{report:?}");
 }
 
@@ -192,8 +198,9 @@ fn uneven_or_replicated_placements_are_refused() {
     let refused = |layers: Vec<LayerPlacement>, word: &str| {
         let placement = Placement::new(Topology::new(layers[0].num_ranks(), 1).expect("topology"), layers)
             .expect("placement");
-        let error =
-            permute(&dir("mixtral-f16"), &placement, &out, None, &mut silent()).expect_err(word).to_string();
+        let error = permute(&dir("mixtral-f16"), &placement, &out, None, &mut silent(), &mut |_, _| Ok(()))
+            .expect_err(word)
+            .to_string();
         assert!(error.contains(word), "{error}");
         assert!(!out.exists());
     };
@@ -216,7 +223,8 @@ fn progress_ends_at_the_bytes_of_all_weights() {
     let mut seen = Vec::new();
     let mut watch = |done, of| seen.push((done, of));
     convert(&dir(case), &temp.path().join("a"), &ConvertOptions::default(), &mut watch).expect("convert");
-    permute(&dir(case), &strided(case, 4), &temp.path().join("b"), None, &mut watch).expect("permute");
+    permute(&dir(case), &strided(case, 4), &temp.path().join("b"), None, &mut watch, &mut |_, _| Ok(()))
+        .expect("permute");
     let ends: Vec<usize> = (0..seen.len()).filter(|&i| seen[i] == (total, total)).collect();
     assert_eq!(ends.len(), 2, "once each");
     assert_eq!(ends[1], seen.len() - 1);

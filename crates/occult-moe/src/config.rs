@@ -68,14 +68,18 @@ pub enum PruneRule {
     Similarity(Arc<SimilarityTable>),
     /// [`Rule::BestMass`]
     BestMass,
+    /// [`Rule::LeastError`]
+    LeastError,
 }
 
 impl PruneRule {
-    pub(crate) fn rule(&self) -> Rule<'_> {
+    /// The rule as [`prune`](occult_plan::prune()) takes it.
+    pub fn rule(&self) -> Rule<'_> {
         match self {
             PruneRule::RouterScore => Rule::RouterScore,
             PruneRule::Similarity(table) => Rule::Similarity(table),
             PruneRule::BestMass => Rule::BestMass,
+            PruneRule::LeastError => Rule::LeastError,
         }
     }
 }

@@ -3,6 +3,7 @@
 //! `similarity[i][j] = (sum_t l_ti * l_tj)^2 / (sum_t l_ti^2 * sum_t l_tj^2)`, the squared cosine of the router-logit
 //! columns of experts `i` and `j` over all profiled tokens `t`.
 
+use crate::placement::check_order;
 use crate::{ExpertId, PlanError, Result, Routing};
 
 /// Side of a tile of products that is summed in registers.
@@ -150,6 +151,13 @@ impl SimilarityTable {
     pub fn row(&self, expert: ExpertId) -> &[f32] {
         let e = usize::from(expert);
         &self.values[e * self.num_experts..(e + 1) * self.num_experts]
+    }
+
+    /// The same table of experts that got other ids: `order[new]` is the old id, every old id once.
+    pub fn renumbered(&self, order: &[ExpertId]) -> Result<Self> {
+        check_order(order, self.num_experts)?;
+        let values = order.iter().flat_map(|&i| order.iter().map(move |&j| self.get(i, j))).collect();
+        Ok(Self { num_experts: self.num_experts, values })
     }
 
     /// All values, `[E, E]` row-major.

@@ -1,8 +1,11 @@
 //! `occult permute`
 
+use std::path::Path;
+
 use anyhow::{Context, Result, bail};
-use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile};
-use occult_model::{LoadOptions, MAX_LOGIT_DIFFERENCE, ModelFiles, PermuteReport};
+use occult_formats::{LIMIT_FILE, LimitFile, PlacementFile, read_similarity, write_similarity};
+use occult_model::{LoadOptions, MAX_LOGIT_DIFFERENCE, ModelError, ModelFiles, PermuteReport};
+use occult_plan::{ExpertId, Placement, PlanError};
 use serde_json::json;
 
 use crate::model_args::PermuteArgs;
@@ -29,11 +32,15 @@ pub(super) fn run(args: &PermuteArgs) -> Result<()> {
     let bar = progress::bytes("logits before");
     bar.enable_steady_tick(std::time::Duration::from_secs(1));
     let mut follow = progress::follow(&bar);
+    let mut progress = |done, total| {
+        bar.set_message(if done < total { "writing" } else { "logits after" });
+        follow(done, total);
+    };
+    let mut beside = |dir: &Path, orders: &[Vec<ExpertId>]| {
+        renumber_limit(dir, orders).map_err(|e| ModelError::Request(format!("{e:#}")))
+    };
     let report =
-        occult_model::permute(&args.model, &file.placement, &args.output, sample, &mut |done, total| {
-            bar.set_message(if done < total { "writing" } else { "logits after" });
-            follow(done, total);
-        });
+        occult_model::permute(&args.model, &file.placement, &args.output, sample, &mut progress, &mut beside);
     bar.finish_and_clear();
     let PermuteReport { checked_tokens, logit_difference, routing_changes, .. } = report?;
     if args.json {
@@ -50,4 +57,22 @@ pub(super) fn run(args: &PermuteArgs) -> Result<()> {
          {routing_changes} router choices changed\n",
         args.output.display()
     ))
+}
+
+/// The limit that a model was tuned with speaks of its experts: its placement, and what replaces what, get the new ids.
+fn renumber_limit(dir: &Path, orders: &[Vec<ExpertId>]) -> Result<()> {
+    let Some((limit, mut file)) = LimitFile::read(dir)? else { return Ok(()) };
+    let (topology, layers) = (file.placement.topology(), file.placement.layers().iter().zip(orders));
+    let layers =
+        layers.map(|(layer, order)| layer.renumbered(order)).collect::<Result<Vec<_>, PlanError>>()?;
+    file.placement = Placement::new(topology, layers)?;
+    if let Some(name) = &limit.placement {
+        file.write(&dir.join(name))?;
+    }
+    if let Some(name) = &limit.similarity {
+        let tables = read_similarity(&dir.join(name), orders.len(), file.placement.num_experts())?;
+        let tables = tables.iter().zip(orders).map(|(table, order)| table.renumbered(order));
+        write_similarity(&dir.join(name), &tables.collect::<Result<Vec<_>, PlanError>>()?)?;
+    }
+    Ok(())
 }

@@ -1,7 +1,7 @@
 //! `occult prune`
 
 use anyhow::{Result, bail};
-use occult_plan::Topology;
+use occult_plan::{Budget, Topology};
 use serde_json::json;
 
 use crate::args::{PruneArgs, PruneRule};
@@ -18,7 +18,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let profile = setup::profile(&args.profile)?;
     let file = setup::placement(&args.placement, profile.meta())?;
     let topology = file.placement.topology();
-    let budget = pruning::budget(args.max_ranks, args.keep_mass);
+    let budget = args.adaptive.budget(args.max_ranks);
     let router = setup::router_rule(profile.meta(), args.norm_topk_prob);
     let bar = progress::bar(profile.num_layers() as u64, "layers");
     let layers = parallel::map_ordered(profile.num_layers(), setup::threads(args.threads), |layer| {
@@ -42,7 +42,8 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
             "placement": args.placement,
             "rule": args.rule.name(),
             "max_ranks": args.max_ranks,
-            "keep_mass": args.keep_mass,
+            "keep_mass": if let Budget::Adaptive { share, .. } = budget { Some(share) } else { None },
+            "max_error": if let Budget::Bounded { error, .. } = budget { Some(error) } else { None },
             "ranks_only": args.ranks_only,
             "layers": layers_json,
             "mean": figures_json(serde_json::Value::Null, &mean(&layers), topology),
@@ -70,11 +71,14 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
             figure(layer.load_max_over_mean, 3),
         ]);
     }
-    let limit = match args.keep_mass {
-        Some(share) => {
-            format!("the fewest ranks, at most {}, that keep {share} of the routing mass", args.max_ranks)
+    let limit = match budget {
+        Budget::Adaptive { max_ranks, share } => {
+            format!("the fewest ranks, at most {max_ranks}, that keep {share} of the routing mass")
         }
-        None => format!("at most {} ranks per token", args.max_ranks),
+        Budget::Bounded { max_ranks, error } => {
+            format!("the fewest ranks, at most {max_ranks}, that lose at most {error} of routing weight")
+        }
+        Budget::Fixed { max_ranks } => format!("at most {max_ranks} ranks per token"),
     };
     print(&format!(
         "Pruned by {} to {limit}, {} ranks:\n\n{}",

@@ -3,12 +3,14 @@
 mod data;
 mod times;
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use occult_formats::{Columns, PlacementFile, Profile};
 use occult_plan::placement::Method;
 use occult_plan::prune::best_mass_ranks_only;
 use occult_plan::{
-    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, PruneStats, RoutingBuf, Rule,
+    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, PruneStats, RoutingBuf,
     SimilarityAccumulator, Topology, prune,
 };
 
@@ -163,16 +165,12 @@ fn prune_layer(
     if rows.eval.scores.is_some() {
         let mut sums = SimilarityAccumulator::new(rows.train.num_experts);
         sums.add(&rows.train.view()?)?;
-        let table = sums.finish();
+        let table = Arc::new(sums.finish());
         let router = setup::router_rule(request.profile.meta(), None);
         for name in PruneRule::ALL {
-            let rule = match name {
-                PruneRule::RouterScore => Rule::RouterScore,
-                PruneRule::Similarity => Rule::Similarity(&table),
-                PruneRule::BestMass => Rule::BestMass,
-            };
+            let rule = name.with(Some(&table)).context("the similarity rule has no table")?;
             for &(shown, budget) in &budgets {
-                let result = prune(&eval, placement, topology, rule, budget, &router)?;
+                let result = prune(&eval, placement, topology, rule.rule(), budget, &router)?;
                 let traffic =
                     LayerTraffic::measure(placement, topology, HomeRanks::Uniform, &result.routing.view()?)?;
                 pruned.push(PrunedLayer {

@@ -15,7 +15,7 @@ use crate::train_args::TrainArgs;
 /// The placement beside `occult.json`.
 const PLACEMENT: &str = "placement.json";
 /// The tables of the rule `similarity` beside it.
-const SIMILARITY: &str = "similarity.safetensors";
+const SIMILARITY: &str = "occult.similarity";
 
 /// What a configuration that training begins with has beside it for a model; other files there are its own business.
 const TAKEN: [&str; 10] = [
@@ -67,26 +67,35 @@ fn name(dtype: StoredDtype) -> &'static str {
 pub(crate) fn limit(to: &Path, model: &MoeModel, placement: &PlacementFile, args: &TrainArgs) -> Result<()> {
     let selection_bias = model.selection_bias().map(<[_]>::to_vec);
     let replaced = model.was_replaced();
+    let tables = model.ranks().similarity();
+    if tables.is_empty() {
+        remove(&to.join(SIMILARITY))?;
+    }
     if args.max_ranks.is_none() && !replaced && super::placement::is_equal_runs(placement) {
         if let Some(bias) = selection_bias {
             return Ok(LimitFile::of_bias(bias).write(to)?);
         }
-        let old = to.join(LIMIT_FILE);
-        return if old.is_file() { fs::remove_file(&old).context("removing an old limit") } else { Ok(()) };
+        return remove(&to.join(LIMIT_FILE));
     }
     if replaced {
         super::placement::searched(placement, model.ranks())?.write(&to.join(PLACEMENT))?;
     } else {
         placement.write(&to.join(PLACEMENT))?;
     }
-    let mut limit = LimitFile::new(PLACEMENT, args.max_ranks, args.rule.name(), args.keep_mass);
+    let mut limit =
+        LimitFile::new(PLACEMENT, args.rule.name(), args.max_ranks.map(|n| args.adaptive.budget(n)));
     limit.selection_bias = selection_bias;
-    let tables = model.ranks().similarity();
     if !tables.is_empty() {
         write_similarity(&to.join(SIMILARITY), &tables)?;
         limit.similarity = Some(SIMILARITY.to_owned());
     }
     Ok(limit.write(to)?)
+}
+
+/// Removes what an earlier run, or the model that a run began with, has recorded.
+fn remove(old: &Path) -> Result<()> {
+    let removed = if old.is_file() { fs::remove_file(old) } else { Ok(()) };
+    removed.with_context(|| format!("removing {}", old.display()))
 }
 
 /// Writes configuration, tokenizer and what else lies beside the weights into `to`: of a model all of it, as `convert` does.

@@ -7,12 +7,11 @@ use anyhow::{Context, Result, bail};
 use occult_comm::Communicator;
 use occult_formats::{PlacementFile, PlacementMeta};
 use occult_model::ModelSpec;
-use occult_moe::PruneRule as Rule;
+use occult_moe::PruneRule;
 use occult_plan::Placement;
 use occult_train::model::ExpertRanks;
 use occult_train::random::hash_bytes;
 
-use crate::args::PruneRule;
 use crate::train_args::TrainArgs;
 
 /// Said in a placement that nobody asked for.
@@ -59,11 +58,8 @@ pub(super) fn ranks(
     comm: Arc<dyn Communicator>,
 ) -> Result<(ExpertRanks, PlacementFile)> {
     let layers = spec.moe_layers().count();
-    let rule = match args.rule {
-        PruneRule::RouterScore => Rule::RouterScore,
-        // Similarity gets its tables from the caller.
-        PruneRule::BestMass | PruneRule::Similarity => Rule::BestMass,
-    };
+    // Similarity gets its tables from the caller.
+    let rule = args.rule.with(None).unwrap_or(PruneRule::BestMass);
     let kept = kept(training);
     let path = match &args.placement {
         Some(path) => Some(path.clone()),
@@ -100,7 +96,8 @@ pub(super) fn ranks(
     let placement = &file.placement;
     let ranks = ExpertRanks::placed(comm, placement.topology(), placement.layers().to_vec(), rule)?;
     let promised = file.meta.figures.as_ref().and_then(|f| f.get("copies_per_token")?.as_f64());
-    let ranks = ranks.with_keep_mass(args.keep_mass).with_promised_copies(promised);
+    let budget = args.adaptive.budget(ranks.topology().num_ranks());
+    let ranks = ranks.with_budget(budget).with_promised_copies(promised);
     if let Some(max) = args.max_ranks {
         let num_ranks = ranks.topology().num_ranks();
         if max > num_ranks {

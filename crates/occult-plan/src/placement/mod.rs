@@ -119,6 +119,16 @@ impl LayerPlacement {
         (!self.has_replicas()).then(|| self.holders.clone())
     }
 
+    /// The same placement of experts that got other ids: `order[new]` is the old id, every old id once.
+    pub fn renumbered(&self, order: &[ExpertId]) -> Result<Self> {
+        check_order(order, self.num_experts)?;
+        let mut ranks = vec![Vec::new(); self.num_ranks()];
+        for (new, &old) in order.iter().enumerate() {
+            self.ranks_of(old).iter().for_each(|&rank| ranks[usize::from(rank)].push(new as ExpertId));
+        }
+        Self::from_rank_experts(self.num_experts, &ranks)
+    }
+
     /// Number of physical slots (experts with replicas counted).
     pub fn num_slots(&self) -> usize {
         self.experts.len()
@@ -128,6 +138,19 @@ impl LayerPlacement {
     pub fn has_replicas(&self) -> bool {
         self.experts.len() > self.num_experts
     }
+}
+
+/// Errors unless `order` names each of `num_experts` experts once.
+pub(crate) fn check_order(order: &[ExpertId], num_experts: usize) -> Result<()> {
+    let mut sorted = order.to_vec();
+    sorted.sort_unstable();
+    if sorted.iter().copied().map(usize::from).eq(0..num_experts) {
+        return Ok(());
+    }
+    Err(PlanError::Placement(format!(
+        "an order of {} experts does not name each of {num_experts} once",
+        order.len()
+    )))
 }
 
 /// A placement of all MoE layers of a model on one set of ranks.

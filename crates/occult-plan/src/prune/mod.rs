@@ -12,7 +12,7 @@
 //! Group-limited routers (DeepSeek-V2 and -V3 choose among the experts of `topk_groups` groups): pruning knows nothing of
 //! groups. Where groups are placed whole, a limit below `topk_groups` ranks would take from every token a group that its
 //! router wanted: [`check_limit`] refuses it. Where groups are spread over ranks, `router-score` can bring in an expert of a group that the
-//! router had masked; `similarity` and `best-mass` keep every reachable expert the router chose.
+//! router had masked; `similarity`, `best-mass` and `least-error` keep every reachable expert the router chose.
 
 mod limit;
 mod rank_set;
@@ -45,6 +45,10 @@ pub enum Rule<'a> {
     /// best scores of other reachable experts fill up. The set is exact without replicas; with replicas it is exact up to
     /// 2,000 possible sets, beyond that it is found greedily and has at least `1 - 1/e` of the best set's probability.
     BestMass,
+    /// Like [`Rule::BestMass`] with squared probabilities: allowed are the ranks off which the token's experts have the least
+    /// sum of squared weights. Where outputs of experts are about equally long and unlike each other, that sum is
+    /// proportional to the expected squared change of the layer's output.
+    LeastError,
 }
 
 /// How many ranks a token may visit.
@@ -63,13 +67,33 @@ pub enum Budget {
         /// Above 0, at most 1.
         share: f64,
     },
+    /// Per token the fewest ranks, found by the rule for 1, 2, ... ranks, off which the router's choice has at most `error` of
+    /// weight: the root of the sum of squared routing weights. `max_ranks` where it takes more. Unlike a share it asks little
+    /// for tokens that weigh all their experts low, as models without `norm_topk_prob` do.
+    Bounded {
+        /// At least 1.
+        max_ranks: usize,
+        /// Above 0, in units of routing weights.
+        error: f64,
+    },
 }
 
 impl Budget {
     /// The most ranks of any token.
     pub fn max_ranks(self) -> usize {
         match self {
-            Self::Fixed { max_ranks } | Self::Adaptive { max_ranks, .. } => max_ranks,
+            Self::Fixed { max_ranks }
+            | Self::Adaptive { max_ranks, .. }
+            | Self::Bounded { max_ranks, .. } => max_ranks,
+        }
+    }
+
+    /// The same budget with another most number of ranks.
+    pub fn with_max_ranks(self, max_ranks: usize) -> Self {
+        match self {
+            Self::Fixed { .. } => Self::Fixed { max_ranks },
+            Self::Adaptive { share, .. } => Self::Adaptive { max_ranks, share },
+            Self::Bounded { error, .. } => Self::Bounded { max_ranks, error },
         }
     }
 
@@ -80,6 +104,9 @@ impl Budget {
         match self {
             Self::Adaptive { share, .. } if !(share > 0.0 && share <= 1.0) => {
                 Err(PlanError::range("share of routing mass", "above 0, at most 1", share))
+            }
+            Self::Bounded { error, .. } if !(error > 0.0 && error.is_finite()) => {
+                Err(PlanError::range("bound on the weight lost", "above 0, finite", error))
             }
             _ => Ok(()),
         }

@@ -15,12 +15,16 @@ pub(super) struct Pruner<'a> {
     /// Probability and selection score of every expert, `[E]`.
     p: Vec<f64>,
     scores: Vec<f64>,
+    /// What the rule's search for ranks adds up: `p`, or `p` squared; `[E]`.
+    worth: Vec<f64>,
     /// The router's choice by descending score, `[K]`.
     router_ids: Vec<ExpertId>,
     reachable: Vec<ExpertId>,
     chosen: Vec<ExpertId>,
     is_chosen: Vec<bool>,
     chosen_p: Vec<f64>,
+    /// Weights of the router's choice, `[K]`.
+    router_weights: Vec<f32>,
 }
 
 impl<'a> Pruner<'a> {
@@ -43,11 +47,13 @@ impl<'a> Pruner<'a> {
             allowed: RankSet::new(placement),
             p: vec![0.0; num_experts],
             scores: vec![0.0; num_experts],
+            worth: vec![0.0; num_experts],
             router_ids: Vec::with_capacity(top_k),
             reachable: Vec::with_capacity(num_experts),
             chosen: Vec::with_capacity(top_k),
             is_chosen: vec![false; num_experts],
             chosen_p: vec![0.0; top_k],
+            router_weights: vec![0.0; top_k],
         }
     }
 
@@ -68,7 +74,7 @@ impl<'a> Pruner<'a> {
 
         let visits = self.before.count(ids, occurrences);
         let (mut replaced, mut extended) = (0, false);
-        if self.find_allowed(visits) {
+        if self.find_allowed(logits, visits) {
             extended = self.extend(ids.len());
             self.choose();
             replaced = self.chosen.iter().filter(|id| !self.router_ids.contains(id)).count();
@@ -100,28 +106,53 @@ impl<'a> Pruner<'a> {
     }
 
     /// Fills `allowed`; false when the token keeps its experts. `visits` is how many ranks they need.
-    fn find_allowed(&mut self, visits: usize) -> bool {
+    fn find_allowed(&mut self, logits: &[f32], visits: usize) -> bool {
         let max_ranks = self.budget.max_ranks();
-        let (first, share) = match self.budget {
-            Budget::Fixed { .. } => (max_ranks, 0.0),
-            Budget::Adaptive { share, .. } => (1, share),
+        let first = match self.budget {
+            Budget::Fixed { .. } => max_ranks,
+            Budget::Adaptive { .. } => 1,
+            Budget::Bounded { .. } => {
+                let (ids, p) = (&self.router_ids, &mut self.chosen_p);
+                self.router.weights(logits, &self.p, ids, p, &mut self.router_weights);
+                1
+            }
         };
-        let enough = share * mass(&self.p, &self.router_ids);
+        match self.rule {
+            Rule::LeastError => self.worth.iter_mut().zip(&self.p).for_each(|(w, p)| *w = p * p),
+            _ => self.worth.copy_from_slice(&self.p),
+        }
         for num_ranks in first..=max_ranks {
             if visits <= num_ranks {
                 return false;
             }
             match self.rule {
                 Rule::RouterScore | Rule::Similarity(_) => {
-                    self.allowed.walk(&self.router_ids, &self.p, num_ranks);
+                    self.allowed.walk(&self.router_ids, &self.worth, num_ranks);
                 }
-                Rule::BestMass => self.allowed.best_mass(&self.router_ids, &self.p, num_ranks),
+                Rule::BestMass | Rule::LeastError => {
+                    self.allowed.best_mass(&self.router_ids, &self.worth, num_ranks);
+                }
             }
-            if self.allowed.mass(&self.router_ids, &self.p) >= enough {
+            if self.is_enough() {
                 break;
             }
         }
         true
+    }
+
+    /// Whether the token needs no more than the ranks in `allowed`.
+    fn is_enough(&self) -> bool {
+        match self.budget {
+            Budget::Fixed { .. } => true,
+            Budget::Adaptive { share, .. } => {
+                self.allowed.mass(&self.router_ids, &self.p) >= share * mass(&self.p, &self.router_ids)
+            }
+            Budget::Bounded { error, .. } => {
+                let weighted = self.router_ids.iter().zip(&self.router_weights);
+                let lost = weighted.filter(|(id, _)| !self.allowed.reaches(**id));
+                lost.map(|(_, &w)| f64::from(w) * f64::from(w)).sum::<f64>() <= error * error
+            }
+        }
     }
 
     /// Lists the reachable experts, after allowing more ranks where they are fewer than `K`. Returns whether that went
@@ -151,7 +182,7 @@ impl<'a> Pruner<'a> {
         }
         self.chosen.iter().for_each(|&id| self.is_chosen[usize::from(id)] = true);
         match self.rule {
-            Rule::RouterScore | Rule::BestMass => {
+            Rule::RouterScore | Rule::BestMass | Rule::LeastError => {
                 self.reachable.retain(|&id| !self.is_chosen[usize::from(id)]);
                 let missing = top_k - self.chosen.len();
                 rules::keep_best(&mut self.reachable, &self.scores, missing);

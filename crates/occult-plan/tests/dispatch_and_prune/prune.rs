@@ -15,7 +15,7 @@ use crate::{
 
 /// The rule by its number, because a table cannot travel inside a random [`Rule`].
 fn rule(number: usize, table: &SimilarityTable) -> Rule<'_> {
-    [Rule::RouterScore, Rule::Similarity(table), Rule::BestMass][number]
+    [Rule::RouterScore, Rule::Similarity(table), Rule::BestMass, Rule::LeastError][number]
 }
 
 fn table(case: &Case) -> SimilarityTable {
@@ -87,6 +87,7 @@ fn budget() -> impl Strategy<Value = Budget> {
     prop_oneof![
         (1usize..=5).prop_map(|max_ranks| Budget::Fixed { max_ranks }),
         (1usize..=5, 0.05f64..=1.0).prop_map(|(max_ranks, share)| Budget::Adaptive { max_ranks, share }),
+        (1usize..=5, 0.01f64..=1.5).prop_map(|(max_ranks, error)| Budget::Bounded { max_ranks, error }),
     ]
 }
 
@@ -94,7 +95,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn every_rule_is_its_definition((case, router) in layer(), number in 0usize..3, budget in budget()) {
+    fn every_rule_is_its_definition((case, router) in layer(), number in 0usize..4, budget in budget()) {
         let table = table(&case);
         let rule = rule(number, &table);
         let pruned = run(&case, rule, budget, &router);
@@ -125,7 +126,7 @@ proptest! {
                 }
             }
             prop_assert_eq!(set(found).len(), k, "distinct experts");
-            let (Budget::Fixed { max_ranks } | Budget::Adaptive { max_ranks, .. }) = budget;
+            let max_ranks = budget.max_ranks();
             if ranks.is_some_and(|ranks| ranks.len() > max_ranks) {
                 extended += n;
             } else {
@@ -151,7 +152,7 @@ proptest! {
     }
 
     #[test]
-    fn all_ranks_is_the_same_routing((case, router) in layer(), number in 0usize..3, more in 0usize..2) {
+    fn all_ranks_is_the_same_routing((case, router) in layer(), number in 0usize..4, more in 0usize..2) {
         let table = table(&case);
         let budget = Budget::Fixed { max_ranks: case.placement.num_ranks() + more };
         let pruned = run(&case, rule(number, &table), budget, &router);
@@ -232,6 +233,31 @@ fn rules_by_example() {
     let pruned = run(&together, Rule::BestMass, one, &olmoe);
     assert_eq!(pruned.stats.extended_tokens, 1);
     assert_eq!(pruned.routing.expert_ids, [2, 0, 4], "the extension reaches expert 0 again");
+}
+
+/// Probabilities .5, .3, .28 (before they sum to one): .3 + .28 is more than .5, .3^2 + .28^2 is less than .5^2.
+#[test]
+fn least_error_prefers_the_best_expert_to_two_lesser_ones() {
+    let routing = RoutingBuf {
+        num_experts: 5,
+        top_k: 3,
+        expert_ids: vec![0, 1, 2],
+        scores: Some([0.5f32, 0.3, 0.28, 0.02, 0.01].map(f32::ln).to_vec()),
+        ..RoutingBuf::default()
+    };
+    let placement = LayerPlacement::from_rank_experts(5, &[&[0, 3, 4][..], &[1, 2]]).unwrap();
+    let case = Case { routing, placement };
+    let router = RouterRule::softmax(true);
+    let one = Budget::Fixed { max_ranks: 1 };
+    assert_eq!(run(&case, Rule::LeastError, one, &router).routing.expert_ids, [0, 3, 4]);
+    let best_mass = run(&case, Rule::BestMass, one, &router).stats;
+    assert_eq!(best_mass.extended_tokens, 1, "rank 1 alone is short of an expert");
+    // Off rank 0 lie .3 and .28 of 1.08: a weight of .38.
+    let copies = |error| {
+        let budget = Budget::Bounded { max_ranks: 2, error };
+        run(&case, Rule::LeastError, budget, &router).stats.copies_per_token_after()
+    };
+    assert_eq!((copies(0.39), copies(0.37)), (1.0, 2.0));
 }
 
 #[test]
@@ -354,6 +380,11 @@ fn what_is_missing_or_makes_no_sense_is_named() {
         let budget = Budget::Adaptive { max_ranks: 2, share };
         let message = try_with(&case.routing, Rule::BestMass, budget, &router);
         assert_eq!(message, format!("share of routing mass is {share}, expected above 0, at most 1"));
+    }
+    for error in [0.0, f64::INFINITY, f64::NAN] {
+        let budget = Budget::Bounded { max_ranks: 2, error };
+        let message = try_with(&case.routing, Rule::LeastError, budget, &router);
+        assert_eq!(message, format!("bound on the weight lost is {error}, expected above 0, finite"));
     }
     let table = SimilarityTable::from_values(2, vec![1.0; 4]).unwrap();
     assert_eq!(

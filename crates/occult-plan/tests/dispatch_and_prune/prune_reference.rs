@@ -84,11 +84,15 @@ impl Token<'_> {
         ranks
     }
 
-    /// Only the mass of the result is defined where several sets keep as much.
-    fn best_mass(&self, max_ranks: usize) -> Ranks {
+    /// The ranks that keep the largest sum of probabilities to this power. Only the sum of the result is defined where several
+    /// sets keep as much.
+    fn heaviest(&self, max_ranks: usize, power: i32) -> Ranks {
+        let worth = |ranks: &Ranks| {
+            self.kept(ranks).into_iter().map(|id| self.probability(id).powi(power)).sum::<f64>()
+        };
         let mut best = Ranks::new();
         for ranks in self.subsets(max_ranks) {
-            if self.mass(self.kept(&ranks)) > self.mass(self.kept(&best)) {
+            if worth(&ranks) > worth(&best) {
                 best = ranks;
             }
         }
@@ -99,14 +103,28 @@ impl Token<'_> {
 
     /// The allowed ranks before any extension, or `None` when the token is left alone.
     pub(crate) fn allowed(&self, rule: Rule<'_>, budget: Budget) -> Option<Ranks> {
-        let search = |n| if let Rule::BestMass = rule { self.best_mass(n) } else { self.walk(n) };
+        let search = |n| match rule {
+            Rule::RouterScore | Rule::Similarity(_) => self.walk(n),
+            Rule::BestMass => self.heaviest(n, 1),
+            Rule::LeastError => self.heaviest(n, 2),
+        };
         let visits = self.visits(self.ids);
+        let fewest =
+            |enough: &dyn Fn(&Ranks) -> bool| (1..visits).find(|&n| enough(&search(n))).unwrap_or(visits);
         match budget {
             Budget::Fixed { max_ranks } => (visits > max_ranks).then(|| search(max_ranks)),
             Budget::Adaptive { max_ranks, share } => {
                 let total = self.mass(self.by_score(self.ids.iter().copied()));
-                let enough = |n: &usize| self.mass(self.kept(&search(*n))) >= share * total;
-                let num_ranks = (1..visits).find(enough).unwrap_or(visits).min(max_ranks);
+                let num_ranks = fewest(&|ranks| self.mass(self.kept(ranks)) >= share * total).min(max_ranks);
+                (visits > num_ranks).then(|| search(num_ranks))
+            }
+            Budget::Bounded { max_ranks, error } => {
+                let weights = self.weights(self.ids);
+                let num_ranks = fewest(&|ranks| {
+                    let lost = self.ids.iter().zip(&weights).filter(|(id, _)| !self.reachable(ranks, **id));
+                    lost.map(|(_, w)| w * w).sum::<f64>().sqrt() <= error
+                });
+                let num_ranks = num_ranks.min(max_ranks);
                 (visits > num_ranks).then(|| search(num_ranks))
             }
         }

@@ -84,13 +84,8 @@ impl TrainedExperts {
         let mut routing = self.router.choose(logits)?;
         let Some(Limit { placement, topology, rule, budget }) = &self.limit else { return Ok(routing) };
         let failed = |source: MoeError| ModelError::Moe { layer: self.number, source };
-        let rule = match rule {
-            PruneRule::RouterScore => occult_plan::Rule::RouterScore,
-            PruneRule::Similarity(table) => occult_plan::Rule::Similarity(table),
-            PruneRule::BestMass => occult_plan::Rule::BestMass,
-        };
         let view = routing.view().map_err(|e| failed(e.into()))?;
-        let pruned = prune(&view, placement, *topology, rule, *budget, &self.router.rule().rule);
+        let pruned = prune(&view, placement, *topology, rule.rule(), *budget, &self.router.rule().rule);
         let pruned = pruned.map_err(|e| failed(e.into()))?.routing.expert_ids;
         self.choices.put(std::mem::replace(&mut routing.expert_ids, pruned));
         Ok(routing)

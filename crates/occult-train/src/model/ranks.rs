@@ -22,7 +22,8 @@ pub struct ExpertRanks {
     layers: Vec<LayerPlacement>,
     /// Of each MoE layer.
     rules: Vec<PruneRule>,
-    keep_mass: Option<f64>,
+    /// With any number of ranks: see [`Self::budget`].
+    budget: Budget,
     promised_copies: Option<f64>,
 }
 
@@ -57,12 +58,13 @@ impl ExpertRanks {
             return Err(TrainError::request(format!("a layer placed over {found} ranks, not {ranks}")));
         }
         let rules = vec![rule; layers.len()];
-        Ok(Self { comm, topology, layers, rules, keep_mass: None, promised_copies: None })
+        let budget = Budget::Fixed { max_ranks: ranks };
+        Ok(Self { comm, topology, layers, rules, budget, promised_copies: None })
     }
 
-    /// Adaptive: per token the fewest ranks, up to the limit, that keep this share of its routing mass.
-    pub fn with_keep_mass(self, keep_mass: Option<f64>) -> Self {
-        Self { keep_mass, ..self }
+    /// How many ranks a token may visit where there is a limit: its kind; the limit in force takes the place of its own.
+    pub fn with_budget(self, budget: Budget) -> Self {
+        Self { budget, ..self }
     }
 
     /// Pruning by similarity, with one table per MoE layer.
@@ -134,10 +136,7 @@ impl ExpertRanks {
     }
 
     pub(super) fn budget(&self, max_ranks: usize) -> Budget {
-        match self.keep_mass {
-            None => Budget::Fixed { max_ranks },
-            Some(share) => Budget::Adaptive { max_ranks, share },
-        }
+        self.budget.with_max_ranks(max_ranks)
     }
 
     /// Which rank computes which expert: one each, so that there is one copy of an expert to train.
