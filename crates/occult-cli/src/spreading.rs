@@ -45,8 +45,9 @@ pub(crate) struct SpreadArgs {
     /// What travels between ranks
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     mode: ModeArg,
-    /// Parts of a batch whose exchange runs beside the compute of another: off, a number, or auto (for --cluster)
-    #[arg(long, default_value = "off", value_parser = overlap, value_name = "PARTS")]
+    /// Parts of a batch whose exchange runs beside the compute of another: off, a number, or auto (what is fastest on
+    /// --cluster, off without one)
+    #[arg(long, default_value = "auto", value_parser = overlap, value_name = "PARTS")]
     overlap: OverlapArg,
     #[command(flatten)]
     cluster: ClusterArgs,
@@ -136,7 +137,7 @@ impl SpreadArgs {
             ("--placement", self.placement.is_some()),
             ("--place-by", self.place_by.is_some()),
             ("--mode conventional", self.mode != ModeArg::default()),
-            ("--overlap", self.overlap != OverlapArg::Off),
+            ("--overlap", matches!(self.overlap, OverlapArg::Parts(_))),
             ("--max-ranks", self.max_ranks.is_some()),
         ];
         match given.iter().find(|(_, given)| *given) {
@@ -243,7 +244,7 @@ impl<'a> Wanted<'a> {
             OverlapArg::Parts(n) => Overlap::Chunks(n),
             OverlapArg::Auto => match setup::cluster(&self.args.cluster, topology)? {
                 Some(cluster) => Overlap::Auto(Box::new(cluster)),
-                None => return Err(Usage("--overlap auto needs --cluster".to_owned()).into()),
+                None => Overlap::Off,
             },
         };
         Ok(LayerOptions { mode, overlap, pruning: self.pruning.clone(), ..LayerOptions::new(topology) })

@@ -69,7 +69,7 @@ impl<'p> RankSet<'p> {
         }
     }
 
-    /// At most `max_ranks` ranks on which the token's experts have the most probability.
+    /// At most `max_ranks` ranks on which the token's experts have the most mass, where `p` `[E]` is what each counts for.
     ///
     /// Without replicas the ranks' masses simply add up, so the heaviest ranks are the best, in any world. With replicas
     /// every subset is tried when there are at most [`MAX_SUBSETS`]; otherwise the rank that adds most is taken, again
