@@ -17,7 +17,7 @@ Appends a line of JSON per run to OUT/runs.jsonl and leaves out runs that are th
 `--table` only prints the table of OUT/runs.jsonl. `--time` measures a training step of every way with a thread per rank, after
 the runs; nothing else should run then.
 """
-import argparse, json, random, shutil, statistics, subprocess
+import argparse, json, math, random, shutil, statistics, subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -218,10 +218,14 @@ def over_tuned(runs):
     return points
 
 
+LEAST = 0.05
+
+
 def plot(runs, path):
-    """Perplexity over ordinary tuning against copies per token: hollow without tuning under the limit, filled with it."""
+    """Perplexity over ordinary tuning, on a logarithmic scale that ends at LEAST, against copies per token: hollow without tuning
+    under the limit, filled with it."""
     points = over_tuned(runs)
-    panels, width, height, left, top, bottom = sorted({key[0] for key in points}), 420, 340, 50, 30, 40
+    panels, width, height, left, top, bottom = sorted({key[0] for key in points}), 420, 400, 50, 30, 40
     highest = max(statistics.fmean(y for _, y in values) for values in points.values())
     svg = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width * len(panels) + 110} {height}" '
@@ -231,12 +235,11 @@ def plot(runs, path):
     for panel, ranks in enumerate(panels):
         most = max(x for key, values in points.items() if key[0] == ranks for x, _ in values)
         px = lambda c: panel * width + left + (width - left - 20) * (c - 1) / (most - 1)
-        lowest = min(0.0, *(statistics.fmean(y for _, y in values) for values in points.values()))
-        py = lambda v: top + (height - top - bottom) * (highest - v) / (highest - lowest)
-        step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50, 100) if (highest - lowest) / s <= 8)
-        for i in range(int(lowest / step), int(highest / step) + 1):
-            svg.append(f'<path d="M{px(1):.1f} {py(i * step):.1f}H{px(most):.1f}" stroke="#{"888888" if i == 0 else "e4e4e0"}"/>')
-            svg.append(f'<text x="{px(1) - 8:.1f}" y="{py(i * step) + 4:.1f}" text-anchor="end">{i * step:g}</text>')
+        py = lambda v: top + (height - top - bottom) * math.log(highest / max(v, LEAST)) / math.log(highest / LEAST)
+        for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100):
+            if LEAST <= tick <= highest:
+                svg.append(f'<path d="M{px(1):.1f} {py(tick):.1f}H{px(most):.1f}" stroke="#e4e4e0"/>')
+                svg.append(f'<text x="{px(1) - 8:.1f}" y="{py(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
         for copies in range(1, int(most) + 1):
             svg.append(f'<text x="{px(copies):.1f}" y="{height - 22}" text-anchor="middle">{copies}</text>')
         svg.append(f'<text x="{px((1 + most) / 2):.1f}" y="{height - 6}" text-anchor="middle">copies per token</text>')
