@@ -3,7 +3,7 @@
 
     benches/quality.py OCCULT MODEL CORPUS OUT [--ranks 4 8] [--limits 1 2 3] [--rules ...] [--keep-mass ...]
                           [--max-error ...] [--seeds 3]
-    benches/quality.py OCCULT MODEL CORPUS OUT --table --plot docs/quality.svg
+    benches/quality.py OCCULT MODEL CORPUS OUT --table --plot docs/quality/NAME.svg
 
 CORPUS is what models/recipe/build_corpus.py writes, with its tokens in CORPUS/train.store. A profile of pieces of its
 training part gives the placement (search, as many experts on every rank) and the table of similar experts. Every run tunes
@@ -168,7 +168,7 @@ def adaptive(way):
 
 def table(runs, times):
     def shown(values, form):
-        spread = f" ± {format(statistics.stdev(values), form)}" if len(values) > 1 else ""
+        spread = f" ± {format(statistics.stdev(values), form.lstrip('+'))}" if len(values) > 1 else ""
         return format(statistics.fmean(values), form) + spread
 
     print("| ranks | limit | rule | tuned | C_T | rows sent per token | busiest rank | perplexity | over no limit | questions | step, s |")
@@ -181,7 +181,8 @@ def table(runs, times):
         ranks, rule, limit, _, _, tuned = key
         of = lambda name: [run[name] for run in groups[key] if name in run]
         base = {run["seed"]: run["perplexity"] for run in groups.get((ranks, "none", None, None, None, tuned), [])}
-        over = [100 * (run["perplexity"] / base[run["seed"]] - 1) for run in groups[key] if run["seed"] in base]
+        # The base over itself says nothing.
+        over = [] if limit is None else [100 * (run["perplexity"] / base[run["seed"]] - 1) for run in groups[key] if run["seed"] in base]
         print(
             f"| {ranks} | {limit or 'none'} | {rule}{adaptive(key)} | {'yes' if tuned else 'no'} "
             f"| {shown(of('C_T'), '.2f')} | {shown(of('rows_per_token'), '.2f')} | {shown(of('load'), '.2f')} "
