@@ -12,6 +12,8 @@ const ROW_BLOCK: usize = 1024;
 const LEAST_ROWS: usize = 128;
 /// Most columns of a block: a packed block of B fills half of a usual second-level cache.
 const COL_BLOCK: usize = 256;
+/// Columns of a merging product below which a block is not halved: each packs the rows of all experts again.
+const LEAST_MERGED_COLS: usize = 128;
 /// Blocks wanted for each thread, so that none waits long for the last.
 const BLOCKS_PER_THREAD: usize = 4;
 
@@ -82,8 +84,9 @@ pub(crate) unsafe fn run(threads: &Threads, products: &[Product<'_>]) {
 /// # Safety
 /// As [`Product::block`], for all of each product; all have `n` columns and an index of rows below `num_rows`.
 pub(crate) unsafe fn run_merged(threads: &Threads, num_rows: usize, n: usize, products: &[Product<'_>]) {
-    let unit = 2 * threads.isa().tile_cols;
-    let wanted = BLOCKS_PER_THREAD * threads.count();
+    let unit = LEAST_MERGED_COLS.max(2 * threads.isa().tile_cols);
+    // One thread waits for nobody.
+    let wanted = if threads.count() == 1 { 1 } else { BLOCKS_PER_THREAD * threads.count() };
     let mut width = COL_BLOCK.max(unit);
     while width > unit && n.div_ceil(width) < wanted {
         width = (width / 2).max(unit);
