@@ -7,7 +7,7 @@ use crate::Threads;
 use crate::core::isa::FMA_CHAINS;
 
 /// Of one round.
-const CALLS: usize = 1 << 21;
+const CALLS: usize = if cfg!(miri) { 16 } else { 1 << 21 };
 
 /// GFLOP/s of multiply-adds on all threads, for `rounds` rounds (a round is some 10 ms). The best round counts.
 #[must_use]
@@ -101,4 +101,27 @@ fn best(rounds: usize, mut call: impl FnMut()) -> Option<f64> {
         })
         .filter(|&seconds| seconds > 0.0)
         .min_by(f64::total_cmp)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::InstructionSet;
+
+    #[test]
+    fn loops_run_on_every_instruction_set_and_read_what_is_there() {
+        for set in InstructionSet::available() {
+            let threads = Threads::new(2).with_instruction_set(set).expect("available");
+            assert!(fma_gflops(&threads, 1) > 0.0 && fma_flop(&threads, 1) > 0.0, "{set:?}");
+            for len in [0, 1, 127, 128, 1000] {
+                let data = vec![1.0_f32; len];
+                // SAFETY: reads the values of `data`; the set is available.
+                let sum = unsafe { (threads.isa().read_loop)(len, data.as_ptr()) };
+                // What does not fill two vectors of each stream is left out.
+                let read = 4 * (len / 4 - len / 4 % (2 * threads.isa().lanes));
+                assert_eq!(sum, read as f32, "{set:?} {len}");
+            }
+        }
+        assert!(int8_gops(&Threads::new(1), 1).is_none_or(|gops| gops > 0.0));
+    }
 }

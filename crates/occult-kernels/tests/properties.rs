@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Layer, Rng, Stored, Weight, assert_close, budgets};
+use common::{FRONT, Layer, Rng, Stored, Weight, assert_close, budgets};
 use occult_kernels::linear::{self, LinearDims};
 use occult_kernels::smm::{self, ExpertDims, MergeGrads, MergeInputs, ScatterGrads};
 use occult_kernels::{KernelError, Matrix, SparseRows, Threads};
@@ -187,39 +187,86 @@ fn loss(layer: &Layer, c: &[f32]) -> f64 {
     loss
 }
 
+const STEP: f32 = 1.0 / 1024.0;
+
+#[track_caller]
+fn assert_slope(what: &str, found: f32, [below, above]: [f64; 2]) {
+    let expected = ((above - below) / (2.0 * f64::from(STEP))) as f32;
+    assert!((found - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{what}: {found}, {expected}");
+}
+
 #[test]
 #[cfg_attr(miri, ignore = "too slow")]
 fn gradients_are_finite_differences() {
-    const STEP: f32 = 1.0 / 1024.0;
     let dims = ExpertDims { hidden: 7, intermediate: 5 };
-    let mut layer = Layer::new(21, Stored::F32, dims, 6, 3, 0.7);
-    assert!(layer.rows.num_expanded() > 3);
-    let c = Rng(3).values(6 * 7); // as in `all_results`
-    for threads in budgets(2) {
-        let results = all_results(&threads, &layer);
-        let (d_row_weights, d_w_down, dx, d_w_up) = (&results[4], &results[5], &results[6], &results[7]);
-        let mut differ = |place: &dyn Fn(&mut Layer) -> &mut f32| {
-            *place(&mut layer) += STEP;
-            let above = loss(&layer, &c);
-            *place(&mut layer) -= 2.0 * STEP;
-            let below = loss(&layer, &c);
-            *place(&mut layer) += STEP;
-            ((above - below) / (2.0 * f64::from(STEP))) as f32
-        };
-        let check = |what: &str, found: f32, expected: f32| {
-            assert!((found - expected).abs() < 2e-3 * (1.0 + expected.abs()), "{what}: {found}, {expected}");
-        };
-        for (i, &found) in dx.iter().enumerate() {
-            check("dx", found, differ(&|layer| &mut layer.x[i]));
+    // Experts with few rows, and with so many that their weights are packed.
+    for (num_rows, least) in [(6, 1), (24, 13)] {
+        let mut layer = Layer::new(21, Stored::F32, dims, num_rows, 3, 0.7);
+        let rows_of = |expert| layer.rows.expanded_of(expert).len();
+        assert!((0..3).any(|expert| rows_of(expert) >= least));
+        let c = Rng(3).values(num_rows * 7); // as in `all_results`
+        for threads in budgets(2) {
+            let results = all_results(&threads, &layer);
+            let (d_row_weights, d_w_down, dx, d_w_up) = (&results[4], &results[5], &results[6], &results[7]);
+            let mut check = |what: &str, found: f32, place: &dyn Fn(&mut Layer) -> &mut f32| {
+                *place(&mut layer) -= STEP;
+                let below = loss(&layer, &c);
+                *place(&mut layer) += 2.0 * STEP;
+                let above = loss(&layer, &c);
+                *place(&mut layer) -= STEP;
+                assert_slope(what, found, [below, above]);
+            };
+            for (i, &found) in dx.iter().enumerate() {
+                check("dx", found, &|layer| &mut layer.x[i]);
+            }
+            for (i, &found) in d_row_weights.iter().enumerate() {
+                check("row weight", found, &|layer| &mut layer.row_weights[i]);
+            }
+            for expert in 0..3 {
+                for i in 0..35 {
+                    check("down", d_w_down[expert * 35 + i], &|layer| value(layer, expert, 2, i));
+                    check("gate", d_w_up[expert * 70 + i], &|layer| value(layer, expert, 0, i));
+                    check("up", d_w_up[expert * 70 + 35 + i], &|layer| value(layer, expert, 1, i));
+                }
+            }
         }
-        for (i, &found) in d_row_weights.iter().enumerate() {
-            check("row weight", found, differ(&|layer| &mut layer.row_weights[i]));
-        }
-        for expert in 0..3 {
-            for i in 0..35 {
-                check("down", d_w_down[expert * 35 + i], differ(&|layer| value(layer, expert, 2, i)));
-                check("gate", d_w_up[expert * 70 + i], differ(&|layer| value(layer, expert, 0, i)));
-                check("up", d_w_up[expert * 70 + 35 + i], differ(&|layer| value(layer, expert, 1, i)));
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "too slow")]
+fn gradients_of_dense_layers_are_finite_differences() {
+    for rows in [1, 3, 20] {
+        let dims = LinearDims { rows, out: 5, inner: 7 };
+        let (mut x, mut w, dout) = (Rng(1).values(rows * 7), Rng(2).values(35), Rng(3).values(rows * 5));
+        // <out, dout> in f64.
+        let loss = |x: &[f32], w: &[f32]| -> f64 {
+            let value = |i: usize| -> f64 {
+                (0..7).map(|k| f64::from(x[i / 5 * 7 + k]) * f64::from(w[i % 5 * 7 + k])).sum()
+            };
+            dout.iter().enumerate().map(|(i, &d)| f64::from(d) * value(i)).sum()
+        };
+        for threads in budgets(2) {
+            let (mut dx, mut dw) = (vec![f32::NAN; rows * 7], vec![0.0; 35]);
+            linear::linear_bwd_x(&threads, dims, &dout, Matrix::F32(&w), &mut dx).unwrap();
+            linear::linear_bwd_w(&threads, dims, &dout, &x, &mut dw).unwrap();
+            for (i, &found) in dx.iter().enumerate() {
+                let kept = x[i];
+                let slope = [-STEP, STEP].map(|step| {
+                    x[i] = kept + step;
+                    loss(&x, &w)
+                });
+                x[i] = kept;
+                assert_slope("dx", found, slope);
+            }
+            for (i, &found) in dw.iter().enumerate() {
+                let kept = w[i];
+                let slope = [-STEP, STEP].map(|step| {
+                    w[i] = kept + step;
+                    loss(&x, &w)
+                });
+                w[i] = kept;
+                assert_slope("dw", found, slope);
             }
         }
     }
@@ -227,7 +274,7 @@ fn gradients_are_finite_differences() {
 
 fn value(layer: &mut Layer, expert: usize, which: usize, i: usize) -> &mut f32 {
     match &mut layer.weights[expert][which] {
-        Weight::F32(values) => &mut values[i],
+        Weight::F32(values) => &mut values[FRONT + i],
         _ => unreachable!("f32 weights"),
     }
 }

@@ -1,5 +1,8 @@
 //! Quantised weights: every instruction set against the definitions, bit for bit; errors of the formats; bad input.
 
+mod common;
+
+use common::Guarded;
 use half::bf16;
 use occult_kernels::quant::{
     Format, Isa, Layout, QuantError, Quantised, QuantisedBuf, QuantisedExpert, expert_ffn_with, linear,
@@ -135,6 +138,116 @@ fn dense_ffn(
         }
     }
     y
+}
+
+#[test]
+fn every_number_of_rows_and_odd_widths() {
+    let counts = if cfg!(miri) { vec![0, 1, 7] } else { (0..=26).collect() };
+    for (format, m) in FORMATS.into_iter().flat_map(|format| counts.iter().map(move |&m| (format, m))) {
+        for (n, k) in [(1, 33), (17, 1), (35, 71)] {
+            let w = encode(format, 32, n, k, &normal(n * k, 1));
+            let mut x = Guarded::new(&normal(m * k, 2));
+            let mut want = vec![0.0; m * n];
+            reference::linear(x.values(), &w.view(), m, &mut want).expect("reference");
+            for isa in sets() {
+                let mut got = Guarded::unset(m * n);
+                linear_with(isa, &Threads::new(2), x.values(), w.view(), got.values()).expect("linear");
+                assert_eq!(bits(got.checked()), bits(&want), "{isa:?} {format:?} {m} x {n} x {k}");
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_without_rows_and_with_one() {
+    let (d, f) = (37, 19);
+    for format in FORMATS {
+        let mats: Vec<_> = (0..3)
+            .map(|i| {
+                [(f, d), (f, d), (d, f)]
+                    .map(|(n, k)| encode(format, 32, n, k, &normal(n * k, 3 * i + n as u64)))
+            })
+            .collect();
+        let experts: Vec<_> = mats
+            .iter()
+            .map(|[gate, up, down]| QuantisedExpert { gate: gate.view(), up: up.view(), down: down.view() })
+            .collect();
+        let all: &[(usize, [u32; 4], &[u32])] = &[
+            (0, [0; 4], &[]),
+            (1, [0; 4], &[]),
+            (5, [0; 4], &[]),
+            (1, [0, 1, 2, 3], &[0, 0, 0]),
+            (5, [0, 0, 0, 1], &[4]),
+            (5, [0, 1, 1, 1], &[0]),
+            (5, [0, 0, 5, 5], &[0, 1, 2, 3, 4]),
+        ];
+        for &(r, offsets, idx) in all {
+            let rows = SparseRows::new(r, offsets.to_vec(), idx.to_vec()).expect("rows");
+            let (mut x, weights) = (Guarded::new(&normal(r * d, 8)), normal(idx.len(), 9));
+            let want = dense_ffn(&rows, x.values(), &experts, &weights, d, f);
+            for isa in sets() {
+                let mut y = Guarded::unset(r * d);
+                expert_ffn_with(isa, &Threads::new(2), &rows, x.values(), &experts, &weights, y.values())
+                    .expect("ffn");
+                let size = want.iter().fold(0f32, |a, v| a.max(v.abs()));
+                for (got, want) in y.checked().iter().zip(&want) {
+                    assert!(
+                        (got - want).abs() <= 0.02 * size,
+                        "{isa:?} {format:?} {offsets:?}: {got}, {want}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// NaN where the definition has it, infinities alike, finite elsewhere.
+#[track_caller]
+fn assert_same_kind(isa: Isa, got: &[f32], want: &[f32]) {
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let same =
+            if want.is_finite() { got.is_finite() } else { got == want || got.is_nan() && want.is_nan() };
+        assert!(same, "{isa:?}: value {i} is {got}, expected {want}");
+    }
+}
+
+#[test]
+fn nan_and_infinity_go_where_the_definition_sends_them() {
+    let (m, d, f) = (8, 70, 35);
+    // The last one is finite, and its products are not.
+    for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3.0e38] {
+        for format in FORMATS {
+            let [gate, up, down] = [(f, d, 1), (f, d, 2), (d, f, 3)]
+                .map(|(n, k, s)| encode(format, 32, n, k, &normal(n * k, s)));
+            let mut x = normal(m * d, 4);
+            x[2 * d + 66] = special;
+            let mut want = vec![0.0; m * f];
+            reference::linear(&x, &gate.view(), m, &mut want).expect("reference");
+            assert!(want[2 * f..3 * f].iter().any(|v| !v.is_finite()));
+            for isa in sets() {
+                let mut got = vec![0.0; m * f];
+                linear_with(isa, &Threads::new(1), &x, gate.view(), &mut got).expect("linear");
+                assert_same_kind(isa, &got, &want);
+            }
+            // The same in x, then in the weight of a row.
+            let expert = QuantisedExpert { gate: gate.view(), up: up.view(), down: down.view() };
+            let rows = SparseRows::new(m, vec![0, 8], (0..8).collect()).expect("rows");
+            for in_weight in [false, true] {
+                let (mut x, mut weights) = (x.clone(), normal(m, 5));
+                if in_weight {
+                    x[2 * d + 66] = 0.5;
+                    weights[2] = special;
+                }
+                let want = dense_ffn(&rows, &x, &[expert], &weights, d, f);
+                for isa in sets() {
+                    let mut y = vec![0.0; m * d];
+                    expert_ffn_with(isa, &Threads::new(1), &rows, &x, &[expert], &weights, &mut y)
+                        .expect("ffn");
+                    assert_same_kind(isa, &y, &want);
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -42,7 +42,10 @@ pub enum Stored {
 
 pub const STORED: [Stored; 3] = [Stored::F32, Stored::Bf16, Stored::F16];
 
-/// A weight that owns its values.
+/// Values in front of every weight: nothing the kernels are given need be aligned.
+pub const FRONT: usize = 1;
+
+/// A weight that owns its values, behind [`FRONT`] others.
 pub enum Weight {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
@@ -51,7 +54,7 @@ pub enum Weight {
 
 impl Weight {
     pub fn new(rng: &mut Rng, stored: Stored, len: usize) -> Self {
-        let values = rng.values(len);
+        let values = rng.values(FRONT + len);
         match stored {
             Stored::F32 => Self::F32(values),
             Stored::Bf16 => Self::Bf16(values.into_iter().map(bf16::from_f32).collect()),
@@ -61,10 +64,42 @@ impl Weight {
 
     pub fn matrix(&self) -> Matrix<'_> {
         match self {
-            Self::F32(values) => Matrix::F32(values),
-            Self::Bf16(values) => Matrix::Bf16(values),
-            Self::F16(values) => Matrix::F16(values),
+            Self::F32(values) => Matrix::F32(&values[FRONT..]),
+            Self::Bf16(values) => Matrix::Bf16(&values[FRONT..]),
+            Self::F16(values) => Matrix::F16(&values[FRONT..]),
         }
+    }
+}
+
+/// An unaligned slice between two values that nobody may write: an output that starts with `values`.
+pub struct Guarded(Vec<f32>);
+
+const GUARD: u32 = 0x7fc0_1234;
+
+impl Guarded {
+    pub fn new(values: &[f32]) -> Self {
+        let guard = [f32::from_bits(GUARD)];
+        Self([&guard, values, &guard].concat())
+    }
+
+    /// NaN everywhere: for results that must be written.
+    pub fn unset(len: usize) -> Self {
+        Self::new(&vec![f32::NAN; len])
+    }
+
+    pub fn values(&mut self) -> &mut [f32] {
+        let end = self.0.len() - 1;
+        &mut self.0[1..end]
+    }
+
+    /// The values, once it is sure that those around them were left alone.
+    #[track_caller]
+    pub fn checked(&self) -> &[f32] {
+        let end = self.0.len() - 1;
+        for at in [0, end] {
+            assert_eq!(self.0[at].to_bits(), GUARD, "written outside the slice");
+        }
+        &self.0[1..end]
     }
 }
 

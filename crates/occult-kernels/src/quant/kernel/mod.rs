@@ -19,6 +19,7 @@ pub(super) const TILE_COLS: usize = 2 * PANEL_ROWS;
 
 /// What a tile is given.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "plain Rust asks for no memory ahead"))]
 pub(super) struct Args {
     /// The record that each row begins with, see [`activations`].
     pub(super) rows: *const *const u8,
