@@ -4,7 +4,7 @@
 //! `VarMap`, `AdamW`. The toy problem: points around eight centres, each centre with its own linear map; a single linear
 //! map cannot fit all of them, experts can.
 //!
-//! Run with `cargo run --release -p occult-kernels --example candle_moe`.
+//! Run with `cargo run --release -p occult-kernels --features candle-nn --example candle_moe`.
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::{AdamW, Init, Linear, Module, Optimizer, VarBuilder, VarMap, linear, linear_no_bias};

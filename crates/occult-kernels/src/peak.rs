@@ -7,7 +7,7 @@ use crate::Threads;
 use crate::core::isa::FMA_CHAINS;
 
 /// Of one round.
-const CALLS: usize = if cfg!(miri) { 16 } else { 1 << 21 };
+const CALLS: usize = if cfg!(test) { 16 } else { 1 << 21 };
 
 /// GFLOP/s of multiply-adds on all threads, for `rounds` rounds (a round is some 10 ms). The best round counts.
 #[must_use]

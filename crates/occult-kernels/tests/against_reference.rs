@@ -172,24 +172,25 @@ proptest! {
 
 /// Numbers of rows one by one: none, one, few (which read weights as stored), and every way to divide rows into tiles.
 fn row_counts() -> Vec<usize> {
-    if cfg!(miri) { vec![0, 1, 2, 12, 13] } else { (0..=43).collect() }
+    if cfg!(miri) { vec![0, 1, 13] } else { (0..=43).collect() }
 }
 
 #[test]
 fn every_number_of_rows() {
+    let (out, inner, intermediate) = if cfg!(miri) { (11, 7, 3) } else { (35, 19, 9) };
     for rows in row_counts() {
         for stored in STORED {
-            check_linear(rows as u64, stored, LinearDims { rows, out: 35, inner: 19 });
+            check_linear(rows as u64, stored, LinearDims { rows, out, inner });
         }
         // All rows to both experts.
-        let dims = ExpertDims { hidden: 19, intermediate: 9 };
+        let dims = ExpertDims { hidden: inner, intermediate };
         check_layer(&Layer::new(5, Stored::Bf16, dims, rows, 2, 1.0), Stored::Bf16);
     }
 }
 
 #[test]
 fn every_odd_width() {
-    let widths = if cfg!(miri) { vec![1, 3, 9] } else { (1..70).step_by(2).collect() };
+    let widths = if cfg!(miri) { vec![1, 9] } else { (1..70).step_by(2).collect() };
     for width in widths {
         for (i, stored) in STORED.into_iter().enumerate() {
             let rows = [1, 5, 17][i];
@@ -204,7 +205,7 @@ fn every_odd_width() {
 #[test]
 fn experts_without_rows() {
     let dims = ExpertDims { hidden: 11, intermediate: 6 };
-    for (num_rows, num_experts) in [(0, 0), (0, 3), (4, 0), (4, 1), (20, 3)] {
+    for (num_rows, num_experts) in [(0, 0), (0, 3), (4, 0), (4, 1), (14, 3)] {
         check_layer(&Layer::new(6, Stored::F32, dims, num_rows, num_experts, 0.0), Stored::F32);
     }
     // One row at the last of three experts, and at the first.

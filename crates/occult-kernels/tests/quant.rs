@@ -142,7 +142,7 @@ fn dense_ffn(
 
 #[test]
 fn every_number_of_rows_and_odd_widths() {
-    let counts = if cfg!(miri) { vec![0, 1, 7] } else { (0..=26).collect() };
+    let counts = if cfg!(miri) { vec![0, 7] } else { (0..=26).collect() };
     for (format, m) in FORMATS.into_iter().flat_map(|format| counts.iter().map(move |&m| (format, m))) {
         for (n, k) in [(1, 33), (17, 1), (35, 71)] {
             let w = encode(format, 32, n, k, &normal(n * k, 1));
@@ -215,7 +215,9 @@ fn assert_same_kind(isa: Isa, got: &[f32], want: &[f32]) {
 fn nan_and_infinity_go_where_the_definition_sends_them() {
     let (m, d, f) = (8, 70, 35);
     // The last one is finite, and its products are not.
-    for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3.0e38] {
+    let all = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 3.0e38];
+    for special in &all[if cfg!(miri) { 3 } else { 0 }..] {
+        let special = *special;
         for format in FORMATS {
             let [gate, up, down] = [(f, d, 1), (f, d, 2), (d, f, 3)]
                 .map(|(n, k, s)| encode(format, 32, n, k, &normal(n * k, s)));
