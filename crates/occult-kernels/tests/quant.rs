@@ -13,6 +13,9 @@ use proptest::prelude::*;
 
 const FORMATS: [Format; 2] = [Format::Q8, Format::Q4];
 
+const MOST_ROWS: usize = if cfg!(miri) { 9 } else { 30 };
+const MOST_COLS: usize = if cfg!(miri) { 70 } else { 200 };
+
 fn sets() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.available())
 }
@@ -45,7 +48,7 @@ proptest! {
 
     #[test]
     fn every_instruction_set_gives_the_bits_of_the_definition(
-        m in 0usize..30, n in 0usize..70, k in 0usize..200, group in 0usize..3, q4: bool, threads in 1usize..4, seed: u64,
+        m in 0usize..MOST_ROWS, n in 0usize..70, k in 0usize..MOST_COLS, group in 0usize..3, q4: bool, threads in 1usize..4, seed: u64,
     ) {
         let format = if q4 { Format::Q4 } else { Format::Q8 };
         let w = encode(format, 32 << group, n, k, &normal(n * k, seed));
@@ -61,7 +64,7 @@ proptest! {
 
     #[test]
     fn any_bytes_are_weights(seed: u64, q4: bool) {
-        let (m, n, k) = (13, 37, 96);
+        let (m, n, k) = if cfg!(miri) { (7, 17, 64) } else { (13, 37, 96) };
         let format = if q4 { Format::Q4 } else { Format::Q8 };
         let layout = Layout::new(format, 32, n, k).expect("layout");
         let data: Vec<u8> = normal(layout.data_shape().iter().product(), seed).iter().map(|v| (v * 1e4) as i32 as u8).collect();
@@ -79,7 +82,7 @@ proptest! {
 
     #[test]
     fn experts_are_the_weighted_sum_of_linear_layers(
-        r in 0usize..20, e in 1usize..5, d in 1usize..70, f in 1usize..70, q4: bool, threads in 1usize..3, seed: u64,
+        r in 0usize..MOST_ROWS.min(20), e in 1usize..5, d in 1usize..70, f in 1usize..70, q4: bool, threads in 1usize..3, seed: u64,
     ) {
         let format = if q4 { Format::Q4 } else { Format::Q8 };
         let mats: Vec<[QuantisedBuf; 3]> = (0..e as u64).map(|i| {

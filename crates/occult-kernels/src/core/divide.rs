@@ -9,7 +9,7 @@ use crate::Threads;
 /// Most rows of a block: a hot expert is many blocks.
 const ROW_BLOCK: usize = 1024;
 /// Rows below which a block is not halved: each packs the weights again.
-const LEAST_ROWS: usize = 128;
+const LEAST_ROWS: usize = if cfg!(miri) { 8 } else { 128 };
 /// Most columns of a block: a packed block of B fills half of a usual second-level cache.
 const COL_BLOCK: usize = 256;
 /// Columns of a merging product below which a block is not halved: each packs the rows of all experts again.

@@ -14,8 +14,8 @@ pub(crate) mod product;
 pub(crate) mod scratch;
 mod tile;
 
-/// Steps of k that are packed at a time. The order of additions depends on it.
-pub(crate) const K_BLOCK: usize = 512;
+/// Steps of k that are packed at a time. The order of additions depends on it. Miri: small products have several blocks.
+pub(crate) const K_BLOCK: usize = if cfg!(miri) { 16 } else { 512 };
 /// Distance of two rows of a packed A panel: not a multiple of a cache way, so that rows do not evict each other.
 pub(crate) const A_STRIDE: usize = K_BLOCK + 16;
 /// Most rows of a tile, for any instruction set.
