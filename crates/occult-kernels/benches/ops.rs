@@ -1,4 +1,4 @@
-//! Times of the operations beside candle's own, medians: `cargo bench -p occult-kernels --bench ops -- [PART OF A NAME]`.
+//! Times of the operations beside candle's own, medians: `cargo bench -p occult-kernels --features candle-nn --bench ops -- [PART OF A NAME]`.
 
 use std::hint::black_box;
 use std::time::Instant;
