@@ -189,9 +189,9 @@ fn every_number_of_rows() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "too slow")]
 fn every_odd_width() {
-    let widths = if cfg!(miri) { vec![1, 9] } else { (1..70).step_by(2).collect() };
-    for width in widths {
+    for width in (1..70).step_by(2) {
         for (i, stored) in STORED.into_iter().enumerate() {
             let rows = [1, 5, 17][i];
             check_linear(1, stored, LinearDims { rows, out: width, inner: 13 });
