@@ -78,9 +78,16 @@ class Groups:
     def pids(self, rank):
         return [int(p) for p in (self.path / f'rank{rank}' / 'cgroup.procs').read_text().split()]
 
+    def cpu_seconds(self):
+        """Of all processes that are in them now."""
+        fields = [pathlib.Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split() for rank in range(self.ranks) for pid in self.pids(rank)]
+        return sum(int(user) + int(system) for user, system in (f[11:13] for f in fields)) / os.sysconf('SC_CLK_TCK')
+
     def remove(self):
         """Ends what is left in them (of a job that hung) and removes them."""
-        for rank in range(self.ranks):
+        # Also those of a lab with more ranks that was killed.
+        for group in self.path.glob('rank*'):
+            rank = int(group.name.removeprefix('rank'))
             for pid in self.pids(rank):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -88,7 +95,7 @@ class Groups:
                 if not self.pids(rank):
                     break
                 time.sleep(0.05)
-            (self.path / f'rank{rank}').rmdir()
+            group.rmdir()
         self.path.rmdir()
 
 

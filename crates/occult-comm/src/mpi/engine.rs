@@ -96,11 +96,15 @@ impl Engine {
         Ok(())
     }
 
-    /// Moves what can be moved, without waiting. Returns whether anything was finished.
-    pub(super) fn progress(&mut self, mailbox: &Mailbox) -> WireResult<bool> {
-        let mut moved = false;
-        while self.test()? {
-            moved = true;
+    /// Moves what can be moved, without waiting. Returns how many messages were finished.
+    pub(super) fn progress(&mut self, mailbox: &Mailbox) -> WireResult<usize> {
+        let mut finished = 0;
+        loop {
+            let now = self.test()?;
+            if now == 0 {
+                return Ok(finished);
+            }
+            finished += now;
             if let Some((message, from, len)) = self.envelope.as_mut().and_then(Receiving::take) {
                 self.envelope = Some(next_envelope()?);
                 self.open(from, message.as_bytes().get(..len).unwrap_or(&[]), mailbox)?;
@@ -108,11 +112,10 @@ impl Engine {
             self.sending.retain(|sending| !sending.is_done());
             self.deliver(mailbox);
         }
-        Ok(moved)
     }
 
-    /// Asks MPI once about everything that is under way. Returns whether anything was finished.
-    fn test(&mut self) -> WireResult<bool> {
+    /// Asks MPI once about everything that is under way. Returns how many messages were finished.
+    fn test(&mut self) -> WireResult<usize> {
         let landings = self.arriving.iter_mut().flatten().filter_map(|letter| letter.landing.as_mut());
         let receiving = self.envelope.iter_mut().chain(landings).flat_map(Receiving::requests);
         test_some(receiving.chain(self.sending.iter_mut().map(Sending::request)))

@@ -14,10 +14,14 @@ use crate::{CommError, Result};
 
 /// Polls of a wait that only yield, before it begins to sleep: messages of a few microseconds are met awake.
 const AWAKE_ROUNDS: u32 = 30;
-/// First and longest sleep between polls. The kernel adds about 60 us.
-const SLEEPS: (Duration, Duration) = (Duration::from_micros(5), Duration::from_micros(300));
+/// First and longest sleep between polls. The kernel adds about 60 us, and some 20 us of a core: what costs is waking up.
+const SLEEPS: (Duration, Duration) = (Duration::from_micros(5), Duration::from_millis(1));
+/// Longest sleep on a fast wire: what it brings must not pile up.
+const FAST_SLEEP: Duration = Duration::from_micros(300);
+/// Messages finished at one look from which on the wire is fast: at some 60 KiB each.
+const MANY: usize = 4;
 /// How often the helper polls while data move that nobody waits for: at first, and at least. It takes its time from the cores
-/// that the rank computes with, so each look that finds nothing doubles the pause.
+/// that the rank computes with, so a look that finds nothing doubles the pause, and one that finds many messages halves it.
 const HELPER_PERIODS: (Duration, Duration) = (Duration::from_micros(400), Duration::from_micros(3200));
 /// How long the helper stays awake after the last activity.
 const HELPER_LINGER: Duration = Duration::from_millis(50);
@@ -41,6 +45,8 @@ pub(super) struct MpiPost {
     /// Calls of `pause` under way: who waits polls himself.
     waiting: AtomicUsize,
     busy: AtomicBool,
+    /// Messages that the last look finished.
+    finished: AtomicUsize,
     helper: OnceLock<Thread>,
     helper_asleep: AtomicBool,
     stop: AtomicBool,
@@ -67,6 +73,7 @@ impl MpiPost {
             open: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
             busy: AtomicBool::new(false),
+            finished: AtomicUsize::new(0),
             helper: OnceLock::new(),
             helper_asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -90,7 +97,29 @@ impl MpiPost {
             }
             None => Err("MPI is finished".to_owned()),
         };
-        done.map_err(|reason| CommError::Transport { rank: self.rank, reason })
+        done.map_err(|reason| CommError::Transport { rank: self.rank, reason: self.explained(&reason) })
+    }
+
+    /// MPI's words about a failure, after what this rank was doing with whom: MPI does not say.
+    fn explained(&self, reason: &str) -> String {
+        let doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
+        let words = reason.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+        match doing.0.as_str() {
+            "" => words,
+            what => format!("`{what}` with rank {}: {words}", listed(&doing.1)),
+        }
+    }
+
+    /// As [`Post::note`], for one rank more of an operation that sends to several.
+    fn note_sending(&self, what: &str, to: usize) {
+        let mut doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
+        if doing.0 != what {
+            what.clone_into(&mut doing.0);
+            doing.1.clear();
+        }
+        if !doing.1.contains(&to) {
+            doing.1.push(to);
+        }
     }
 
     fn is_active(&self) -> bool {
@@ -115,13 +144,14 @@ impl MpiPost {
             if self.is_active() {
                 last_active = Instant::now();
                 // Who waits polls himself.
-                let moved = match self.waiting.load(Ordering::Relaxed) {
+                let finished = match self.waiting.load(Ordering::Relaxed) {
                     0 => self.with_engine(|engine| engine.progress(&self.mailbox)),
-                    _ => Ok(false),
+                    _ => Ok(0),
                 };
-                match moved {
-                    Ok(true) => period = HELPER_PERIODS.0,
-                    Ok(false) => period = (2 * period).min(HELPER_PERIODS.1),
+                match finished {
+                    Ok(0) => period = (2 * period).min(HELPER_PERIODS.1),
+                    Ok(MANY..) => period = (period / 2).max(HELPER_PERIODS.0),
+                    Ok(_) => {}
                     Err(error) => {
                         self.mailbox.fail(Failure { rank: self.rank, reason: error.to_string() });
                     }
@@ -150,11 +180,10 @@ impl MpiPost {
         if !self.failed.load(Ordering::Relaxed) {
             let doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
             let (what, waiting_for) = (&doing.0, &doing.1);
-            let ranks: Vec<String> = waiting_for.iter().map(usize::to_string).collect();
             eprintln!(
                 "rank {}: `{what}` was told to stop while MPI held it up; it needs rank {}",
                 self.rank,
-                ranks.join(", ")
+                listed(waiting_for)
             );
             std::process::abort();
         }
@@ -183,7 +212,7 @@ impl MpiPost {
             if Instant::now() >= deadline {
                 return Ok(false);
             }
-            nap(round, deadline);
+            nap(round, FAST_SLEEP, deadline);
         }
         Ok(false)
     }
@@ -215,7 +244,7 @@ impl Post for MpiPost {
     }
 
     fn send(&self, to: usize, address: Address, letter: Letter) -> Result<()> {
-        self.note(&letter.what, &|| vec![to]);
+        self.note_sending(&letter.what, to);
         self.with_engine(|engine| engine.send(to, address, letter))?;
         self.wake_helper();
         Ok(())
@@ -234,13 +263,16 @@ impl Post for MpiPost {
     }
 
     fn progress(&self) -> Result<()> {
-        self.with_engine(|engine| engine.progress(&self.mailbox)).map(drop)
+        let finished = self.with_engine(|engine| engine.progress(&self.mailbox))?;
+        self.finished.store(finished, Ordering::Relaxed);
+        Ok(())
     }
 
     fn pause(&self, seen: u64, round: u32, deadline: Instant) {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         if self.mailbox.version() == seen {
-            nap(round, deadline);
+            let longest = if self.finished.load(Ordering::Relaxed) >= MANY { FAST_SLEEP } else { SLEEPS.1 };
+            nap(round, longest, deadline);
         }
         self.waiting.fetch_sub(1, Ordering::Relaxed);
     }
@@ -276,13 +308,17 @@ impl Post for MpiPost {
     }
 }
 
-/// The pause after the `round`th look of a wait: yields at first, then sleeps longer and longer.
-fn nap(round: u32, deadline: Instant) {
+fn listed(ranks: &[usize]) -> String {
+    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// The pause after the `round`th look of a wait: yields at first, then sleeps longer and longer, up to `longest`.
+fn nap(round: u32, longest: Duration, deadline: Instant) {
     let Some(sleeps) = round.checked_sub(AWAKE_ROUNDS) else {
         return std::thread::yield_now();
     };
     let grown = SLEEPS.0 * (1 << (sleeps / 8).min(10));
-    std::thread::sleep(grown.min(SLEEPS.1).min(deadline.saturating_duration_since(Instant::now())));
+    std::thread::sleep(grown.min(longest).min(deadline.saturating_duration_since(Instant::now())));
 }
 
 /// Keeps the helper's thread and ends it when dropped.

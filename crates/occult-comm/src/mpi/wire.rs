@@ -187,8 +187,8 @@ impl Request {
 }
 
 /// Tests messages, all in one call: a test moves data and looks at every connection, so one for each message would cost as
-/// many looks. Returns whether any was finished.
-pub(super) fn test_some<'a>(requests: impl Iterator<Item = &'a mut Request>) -> WireResult<bool> {
+/// many looks. Returns how many were finished.
+pub(super) fn test_some<'a>(requests: impl Iterator<Item = &'a mut Request>) -> WireResult<usize> {
     let mut active: Vec<&mut Request> = requests.filter(|request| request.done.is_none()).collect();
     let mut handles: Vec<ffi::MPI_Request> = active.iter().map(|request| request.handle).collect();
     let mut indices: Vec<c_int> = vec![0; handles.len()];
@@ -217,7 +217,7 @@ pub(super) fn test_some<'a>(requests: impl Iterator<Item = &'a mut Request>) -> 
             request.done = Some(done);
         }
     }
-    Ok(count > 0)
+    Ok(count)
 }
 
 fn int(value: usize) -> WireResult<c_int> {

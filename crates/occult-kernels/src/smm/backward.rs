@@ -2,6 +2,7 @@
 
 use super::forward::{ROWS_PER_TASK, room, zero};
 use super::pieces::groups;
+use super::weights::up_bwd;
 use super::{ExpertDims, GateUp, MergeGrads, MergeInputs, ScatterGrads};
 use crate::core::activation::SwigluBwd;
 use crate::core::divide::{run, run_merged};
@@ -176,32 +177,7 @@ pub(super) fn scatter_bwd(
         unsafe { run_merged(threads, rows.num_rows(), d, &products) };
     }
     if let Some(grad) = grads.d_w_up {
-        let to = SendPtr(grad.as_mut_ptr());
-        let products: Vec<Product<'_>> = busy()
-            .map(|expert| {
-                let n = rows.expanded_of(expert);
-                Product {
-                    m: 2 * f,
-                    n: d,
-                    k: n.len(),
-                    a: Left {
-                        data: SendPtr(input(d_pre).get().wrapping_add(n.start * 2 * f)),
-                        stride: 2 * f,
-                        idx: None,
-                        by_steps: true,
-                    },
-                    b: Right::Plain { matrix: Matrix::F32(x), idx: Some(rows.rows_of(expert)) },
-                    c: Target {
-                        to: SendPtr(to.get().wrapping_add(expert * 2 * f * d)),
-                        stride: d,
-                        idx: None,
-                        add: true,
-                    },
-                    few_rows: false,
-                }
-            })
-            .collect();
-        // SAFETY: shapes are checked; each product writes the gradient of its expert.
-        unsafe { run(threads, &products) };
+        // SAFETY: shapes are checked; rows stand where their numbers say.
+        unsafe { up_bwd(threads, rows, dims, x, (d_pre, None), (grad, true)) };
     }
 }

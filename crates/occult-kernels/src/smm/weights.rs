@@ -40,16 +40,37 @@ pub(super) fn weights_bwd(
         unsafe { run(threads, &products) };
     }
     if let Some(grad) = grads.d_w_up {
-        let to = SendPtr(grad.as_mut_ptr());
-        let products: Vec<Product<'_>> = (0..rows.num_experts())
-            .map(|expert| Product {
+        // SAFETY: as above.
+        unsafe { up_bwd(threads, rows, dims, x, (d_pre, Some(stored)), (grad, grads.add)) };
+    }
+}
+
+/// Gradients of gate and up, of every expert. Expanded row `n` of `d_pre` `[N, 2F]` stands at `stored[n]`, or at n.
+///
+/// # Safety
+/// Shapes are checked, and so are `stored`'s indices.
+pub(super) unsafe fn up_bwd(
+    threads: &Threads,
+    rows: &SparseRows,
+    dims: ExpertDims,
+    x: &[f32],
+    (d_pre, stored): (&[f32], Option<&[u32]>),
+    (grad, add): (&mut [f32], bool),
+) {
+    let ExpertDims { hidden: d, intermediate: f } = dims;
+    let to = SendPtr(grad.as_mut_ptr());
+    let products: Vec<Product<'_>> = (0..rows.num_experts())
+        .map(|expert| {
+            let n = rows.expanded_of(expert);
+            let first = if stored.is_some() { 0 } else { n.start * 2 * f };
+            Product {
                 m: 2 * f,
                 n: d,
-                k: rows.expanded_of(expert).len(),
+                k: n.len(),
                 a: Left {
-                    data: input(d_pre),
+                    data: SendPtr(input(d_pre).get().wrapping_add(first)),
                     stride: 2 * f,
-                    idx: Some(&stored[rows.expanded_of(expert)]),
+                    idx: stored.map(|stored| &stored[n]),
                     by_steps: true,
                 },
                 b: Right::Plain { matrix: Matrix::F32(x), idx: Some(rows.rows_of(expert)) },
@@ -57,12 +78,13 @@ pub(super) fn weights_bwd(
                     to: SendPtr(to.get().wrapping_add(expert * 2 * f * d)),
                     stride: d,
                     idx: None,
-                    add: grads.add,
+                    add,
                 },
                 few_rows: false,
-            })
-            .collect();
-        // SAFETY: as above.
-        unsafe { run(threads, &products) };
-    }
+            }
+        })
+        .collect();
+    // SAFETY: the caller's promise; row indices are below R by `SparseRows`, and each product writes the gradient of its
+    // expert.
+    unsafe { run(threads, &products) };
 }
