@@ -19,7 +19,8 @@ pub enum Pass {
 
 /// The number of parts with the least predicted time, from what every rank knows, so that all ranks find the same: the
 /// schedule of [`PassWork`] on the links of the cluster, for the rows that this layer's mode, placement and pruning send.
-/// `tokens`: of all ranks. Load is taken as even.
+/// `tokens`: of all ranks. Load is taken as even. On two levels one part: rows that came to a node wait for a rank that
+/// computes to pass them on, which costs more than overlap gains.
 pub fn chunk_count(
     cluster: &Cluster,
     shape: &LayerShape,
@@ -30,24 +31,22 @@ pub fn chunk_count(
     pass: Pass,
 ) -> usize {
     let ranks = options.topology.num_ranks();
-    if tokens == 0 || ranks == 1 || cluster.check().is_err() {
+    if tokens == 0 || ranks == 1 || options.has_two_levels() || cluster.check().is_err() {
         return 1;
     }
     let passes = passes(cluster, shape, placement, options, top_k, tokens);
     best_parts(if pass == Pass::Inference { &passes[..1] } else { &passes }, tokens)
 }
 
-/// Ranks and nodes of a token: as measured where that is known, otherwise of uniform routing; no more than pruning leaves.
-fn copies(placement: &LayerPlacement, options: &LayerOptions, top_k: usize) -> [f64; 2] {
-    let nodes = options.topology.num_nodes() as f64;
-    let upper = copy_bounds(placement, top_k).upper as f64;
+/// Ranks of a token: as measured where that is known, otherwise of uniform routing; no more than pruning leaves.
+fn copies(placement: &LayerPlacement, options: &LayerOptions, top_k: usize) -> f64 {
     let known = options.copies_per_token.or_else(|| uniform_copies(placement, options.topology, top_k));
-    let [ranks, on_nodes] = known.unwrap_or([upper, upper.min(nodes)]);
+    let ranks = known.map_or_else(|| copy_bounds(placement, top_k).upper as f64, |[ranks, _]| ranks);
     let most = options.pruning.as_ref().map_or(f64::INFINITY, |pruning| pruning.budget.max_ranks() as f64);
-    [ranks.min(most), on_nodes.min(most)]
+    ranks.min(most)
 }
 
-/// Forward and backward of a step on one rank.
+/// Forward and backward of a step on one rank, rows straight to their ranks.
 fn passes(
     cluster: &Cluster,
     shape: &LayerShape,
@@ -57,16 +56,12 @@ fn passes(
     tokens: usize,
 ) -> [PassWork; 2] {
     let topology = options.topology;
-    let [ranks, nodes, per_node] =
-        [topology.num_ranks(), topology.num_nodes(), topology.ranks_per_node()].map(|n| n as f64);
-    let [copies, node_copies] = copies(placement, options, top_k);
+    let [ranks, per_node] = [topology.num_ranks(), topology.ranks_per_node()].map(|n| n as f64);
+    let copies = copies(placement, options, top_k);
     let rows = if options.mode == Mode::Conventional { top_k as f64 } else { copies };
     // Rows of a token over the links between nodes and within one, and the peers of a rank there.
-    let two_level = options.has_two_levels();
-    let (between, within, peers) = match two_level {
-        true => (node_copies * (nodes - 1.0) / nodes, rows * (per_node - 1.0) / per_node, nodes - 1.0),
-        false => (rows * (ranks - per_node) / ranks, rows * (per_node - 1.0) / ranks, ranks - per_node),
-    };
+    let peers = ranks - per_node;
+    let (between, within) = (rows * peers / ranks, rows * (per_node - 1.0) / ranks);
     let per_rank = tokens as f64 / ranks;
     let wire = |pair_bytes: f64| {
         let bytes = |of_token: f64| {
@@ -154,8 +149,13 @@ mod tests {
         }
         let all = [&options, &conventional].map(|o| copies(&placement, o, 4));
         assert_eq!(all[0], all[1]);
-        assert_eq!(copies(&placement, &pruned, 4), [1.0, 1.0]);
-        assert_eq!(copies(&placement, &at_home, 4), [0.01, 0.01]);
+        assert_eq!(copies(&placement, &pruned, 4), 1.0);
+        assert_eq!(copies(&placement, &at_home, 4), 0.01);
+        let on_hosts = LayerOptions::new(Topology::new(4, 2).unwrap());
+        assert!(on_hosts.has_two_levels());
+        assert_eq!(of(&on_hosts, &cluster(1e-6, 1e12), 4096, Pass::Training), 1);
+        let straight = LayerOptions { two_level: crate::config::TwoLevel::Off, ..on_hosts };
+        assert!(of(&straight, &cluster(1e-6, 1e12), 4096, Pass::Training) > 1);
     }
 
     #[test]
