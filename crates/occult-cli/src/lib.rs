@@ -36,7 +36,11 @@ use clap::Parser;
 pub fn main() -> ExitCode {
     let cli = args::Cli::parse();
     match cmd::run(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            #[cfg(feature = "mpi")]
+            occult_comm::end_mpi();
+            ExitCode::SUCCESS
+        }
         Err(error) if exit::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("occult: {}", exit::message(&error));

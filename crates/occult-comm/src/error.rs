@@ -80,6 +80,7 @@ pub enum CommError {
     },
 }
 
-fn list(ranks: &[usize]) -> String {
+/// Ranks in a sentence.
+pub(crate) fn list(ranks: &[usize]) -> String {
     ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }

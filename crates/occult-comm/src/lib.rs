@@ -35,6 +35,6 @@ pub use communicator::{Communicator, Exchange, Expect, Received};
 pub use error::{CommError, Result};
 pub use metered::{Counts, Meter, Metered, Reach, Snapshot};
 #[cfg(feature = "mpi")]
-pub use mpi::{MpiOptions, leave_mpi, run_mpi};
+pub use mpi::{MpiOptions, end_mpi, leave_mpi, run_mpi};
 pub use solo::SoloComm;
 pub use thread::{RankError, RankResults, ThreadOptions, run_threads};

@@ -2,34 +2,41 @@
 //!
 //! Needs `MPI_THREAD_SERIALIZED`: MPI is called by the rank's threads and by a helper, one at a time. Only point-to-point
 //! messages on `MPI_COMM_WORLD` are used, which must not be used otherwise. Nothing blocks inside MPI: waits poll with a
-//! short, growing sleep and a deadline. The two calls that MPI offers no immediate form of, initialising and
-//! finalising, are watched: a process stuck in them ends itself.
+//! short, growing sleep and a deadline.
 
 mod engine;
 mod envelope;
+mod last_words;
+mod lifeline;
 mod post;
+mod universe;
 mod wire;
 
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-
-use mpi::Threading;
-use mpi::topology::Communicator as _;
 
 use crate::group::{Group, GroupComm};
 use crate::post::Post;
 use crate::thread::panic_message;
 use crate::{Buffer, Communicator, RankError, Result};
+use lifeline::{Contact, Lifeline};
 use post::{Helper, MpiPost};
+use universe::Universe;
+
+/// Whether MPI was started in this process.
+static STARTED: AtomicBool = AtomicBool::new(false);
+/// Set when [`run_mpi`] has left it as it was at its end: how long this rank waits before it ends the program.
+static NOT_ENDED: OnceLock<Duration> = OnceLock::new();
+/// Longest wait for MPI to end the program.
+const ABORT_LIMIT: Duration = Duration::from_secs(5);
 
 /// How the ranks of an MPI program run.
 #[derive(Debug, Clone)]
 pub struct MpiOptions {
-    /// Longest wait of one operation, and of starting and ending MPI.
+    /// Longest wait of one operation, and of starting MPI.
     pub limit: Duration,
 }
 
@@ -48,31 +55,24 @@ impl Default for MpiOptions {
 /// Ranks share a host when they share the name of the machine and the network name space.
 ///
 /// # Errors
-/// What `body` returned; its panic; or that MPI could not be started or ended.
+/// What `body` returned; its panic; that MPI could not be started, or that the ranks did not all come to the end. Call [`end_mpi`]
+/// before the program ends.
 pub fn run_mpi<R, E, F>(options: &MpiOptions, body: F) -> Result<R, RankError<E>>
 where
     F: FnOnce(Box<dyn Communicator>) -> Result<R, E>,
     E: Display,
 {
-    let watch = Watch::start("starting MPI", options.limit);
     let not_started = |reason: &str| RankError::NotStarted(reason.to_owned());
-    let (universe, threading) = mpi::initialize_with_threading(Threading::Serialized)
-        .ok_or_else(|| not_started("MPI was started before"))?;
-    // From here on MPI is finalised only where everybody agrees: finalising waits for all ranks.
-    let universe = std::mem::ManuallyDrop::new(universe);
-    drop(watch);
-    if !matches!(threading, Threading::Serialized | Threading::Multiple) {
-        return Err(not_started("MPI does not offer MPI_THREAD_SERIALIZED"));
-    }
-    let rank = usize::try_from(universe.world().rank()).unwrap_or(0);
-    let num_ranks = usize::try_from(universe.world().size()).unwrap_or(1);
+    let universe = Universe::start(options.limit).map_err(|reason| not_started(&reason))?;
+    STARTED.store(true, Ordering::Release);
+    let Universe { rank, num_ranks, .. } = universe;
     let start = || -> Result<_, String> {
         wire::return_errors()?;
         let post = Arc::new(MpiPost::new(rank, num_ranks, options.limit, stop_flag())?);
         let helper = Helper::start(&post).map_err(|error| error.to_string())?;
         let speaking = Arc::clone(&post);
         let speaker = std::thread::Builder::new().name("mpi-stop".into());
-        speaker.spawn(move || speaking.speak_when_stopped()).map_err(|error| error.to_string())?;
+        speaker.spawn(move || speaking.speak_when_held()).map_err(|error| error.to_string())?;
         Ok((post, helper))
     };
     let (post, helper) = start().map_err(|reason| not_started(&reason))?;
@@ -80,7 +80,10 @@ where
         post.abort(&error.to_string());
         error
     };
-    let hosts = hosts(&post, num_ranks).map_err(|error| fail(RankError::NotStarted(error.to_string())))?;
+    let over = Arc::new(AtomicBool::new(false));
+    let hosts =
+        meet(&post, num_ranks, &over).map_err(|error| fail(RankError::NotStarted(error.to_string())))?;
+    let several_hosts = hosts.iter().any(|&host| host > 0);
     let world = Group::world(Arc::clone(&post) as Arc<dyn Post>, hosts);
     let comm = GroupComm(Arc::clone(&world));
     let value = match catch_unwind(AssertUnwindSafe(|| body(Box::new(comm.clone())))) {
@@ -90,6 +93,7 @@ where
     };
     let end = || -> Result<()> {
         comm.barrier("end of the program")?;
+        over.store(true, Ordering::Relaxed);
         // Whatever was sent to this rank has come. Nothing may follow: nobody would receive it.
         world.say_no_goodbye();
         drop(comm);
@@ -97,56 +101,72 @@ where
         post.finish()
     };
     end().map_err(|error| fail(RankError::NotEnded(error.to_string())))?;
-    let _watch = Watch::start("ending MPI", options.limit);
-    drop(std::mem::ManuallyDrop::into_inner(universe));
+    if several_hosts && universe::hangs_at_its_end(&mpi::environment::library_version().unwrap_or_default()) {
+        // The others have no more to do than to be ended by rank 0.
+        let _ = NOT_ENDED.set(if rank == 0 { Duration::ZERO } else { options.limit });
+    } else if !universe.end(options.limit) {
+        let reason = format!("ending MPI took more than {} s", options.limit.as_secs_f64());
+        return Err(RankError::NotEnded(reason));
+    }
     Ok(value)
+}
+
+/// The last call of a program whose ranks have all succeeded: ends it with status 0 where [`run_mpi`] could not end MPI, and does
+/// nothing otherwise. That is MPICH before 4.2 over UCX between hosts, which hangs when it is ended.
+pub fn end_mpi() {
+    if let Some(&wait) = NOT_ENDED.get() {
+        leave_mpi(0, wait);
+    }
 }
 
 /// Ends this process, and with it the MPI program, after a failure. The other ranks get `grace` to report theirs: they
 /// have been told, or find out at their deadlines.
 pub fn leave_mpi(code: i32, grace: Duration) -> ! {
-    std::thread::sleep(grace);
-    let _watch = Watch::start("aborting MPI", Duration::from_secs(5));
-    wire::abort_world(code);
-    std::process::exit(code)
+    if STARTED.load(Ordering::Acquire) {
+        std::thread::sleep(grace);
+        // It may hang as well.
+        let _ = std::thread::Builder::new().spawn(|| {
+            std::thread::sleep(ABORT_LIMIT);
+            std::process::abort();
+        });
+        wire::abort_world(code);
+    }
+    // Not `exit`: handlers of an MPI library that is stuck could wait as well.
+    std::process::abort()
 }
 
-/// A flag that SIGTERM sets. Launchers send it to the survivors when a rank dies, and kill them a second later: time
-/// to say what they were waiting for. A second signal ends the process at once.
+/// A flag that SIGTERM sets. Launchers send it to the survivors when a rank dies (some twice), and kill them a second later:
+/// time to say what they were waiting for. Where signals cannot be caught the process simply ends.
 fn stop_flag() -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
-    let term = signal_hook::consts::SIGTERM;
-    // Where signals cannot be caught the process simply ends.
-    let _ = signal_hook::flag::register_conditional_shutdown(term, 128 + term, Arc::clone(&flag));
-    let _ = signal_hook::flag::register(term, Arc::clone(&flag));
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGTERM, Arc::clone(&flag));
     flag
 }
 
-/// Number of the host of every rank: hosts are numbered as they first appear.
-fn hosts(post: &Arc<MpiPost>, num_ranks: usize) -> Result<Vec<usize>> {
+/// Ranks tell each other where they are. Returns the number of the host of every rank (hosts are numbered as they first appear).
+/// Until `over`, the end of any process is a failure from now on.
+fn meet(post: &Arc<MpiPost>, num_ranks: usize, over: &Arc<AtomicBool>) -> Result<Vec<usize>> {
     let name = mpi::environment::processor_name().unwrap_or_default();
     // Hosts emulated on one machine differ in their network only. Where there is no such file, the name decides.
     let network = std::fs::read_link("/proc/self/ns/net").unwrap_or_default();
-    let own = format!("{name} {}", network.display());
+    // Without lifelines the deadlines of waits remain.
+    let line = Lifeline::open().ok();
+    let contact = line.as_ref().and_then(|line| line.contact().ok());
+    let own = format!("{name} {}\n{}", network.display(), contact.map_or_else(String::new, |c| c.encode()));
     let group = Group::before_world(Arc::clone(post) as Arc<dyn Post>, num_ranks);
-    let names = GroupComm(group).all_gather("hosts", Buffer::try_from_slice(own.as_bytes())?)?;
-    Ok(names.iter().map(|name| names.iter().position(|other| other == name).unwrap_or(0)).collect())
-}
-
-/// Ends the process when it is not dropped in time.
-struct Watch(#[expect(dead_code, reason = "its end is the signal")] Option<Sender<()>>);
-
-impl Watch {
-    fn start(doing: &'static str, limit: Duration) -> Self {
-        let (sender, receiver) = channel::<()>();
-        let watch = move || {
-            if receiver.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("{doing} took more than {} s: giving up", limit.as_secs_f64());
-                // Not `exit`: handlers of the MPI library could wait as well.
-                std::process::abort();
+    let cards = GroupComm(group).all_gather("meeting", Buffer::try_from_slice(own.as_bytes())?)?;
+    let cards: Vec<_> =
+        cards.iter().map(|card| String::from_utf8_lossy(card.as_bytes()).into_owned()).collect();
+    let cards: Vec<_> = cards.iter().map(|card| card.split_once('\n').unwrap_or((card, ""))).collect();
+    let others = cards.iter().enumerate().filter(|&(rank, _)| rank != post.rank());
+    let others = others.filter_map(|(rank, (_, contact))| Some((rank, Contact::decode(contact)?))).collect();
+    if let Some(line) = line {
+        let (post, over) = (Arc::clone(post), Arc::clone(over));
+        let _ = line.hold(others, move |rank| {
+            if !over.load(Ordering::Relaxed) {
+                post.ended(rank);
             }
-        };
-        let thread = std::thread::Builder::new().name("mpi-watch".into()).spawn(watch);
-        Self(thread.is_ok().then_some(sender))
+        });
     }
+    Ok(cards.iter().map(|(host, _)| cards.iter().position(|(other, _)| other == host).unwrap_or(0)).collect())
 }

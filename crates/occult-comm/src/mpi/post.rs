@@ -6,6 +6,7 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use super::engine::Engine;
+use super::last_words::LastWords;
 use super::wire::WireResult;
 use crate::letter::{Address, Letter};
 use crate::mailbox::{Failure, Mailbox};
@@ -25,12 +26,10 @@ const MANY: usize = 4;
 const HELPER_PERIODS: (Duration, Duration) = (Duration::from_micros(400), Duration::from_micros(3200));
 /// How long the helper stays awake after the last activity.
 const HELPER_LINGER: Duration = Duration::from_millis(50);
+/// How long a rank waits to learn which other one an error of MPI is about.
+const REASON_GRACE: Duration = Duration::from_millis(100);
 /// How long a failing rank itself pushes the news out.
 const ABORT_PUSH: Duration = Duration::from_millis(200);
-
-/// How often a thread looks whether the process has been told to end, and how long it then leaves the word to others.
-const STOP_PERIOD: Duration = Duration::from_millis(100);
-const STOP_PATIENCE: Duration = Duration::from_millis(400);
 
 /// See the module.
 #[derive(Debug)]
@@ -50,12 +49,9 @@ pub(super) struct MpiPost {
     helper: OnceLock<Thread>,
     helper_asleep: AtomicBool,
     stop: AtomicBool,
-    /// Set when the launcher asks the process to end.
-    stopped: Arc<AtomicBool>,
-    /// Operation and ranks of the last call that may not come back from MPI.
-    doing: Mutex<(String, Vec<usize>)>,
-    /// This rank's failure is on its way to its user.
-    failed: AtomicBool,
+    words: LastWords,
+    /// A process has ended: MPI may hold for ever what needs it.
+    ended: AtomicBool,
 }
 
 impl MpiPost {
@@ -77,9 +73,8 @@ impl MpiPost {
             helper: OnceLock::new(),
             helper_asleep: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            stopped,
-            doing: Mutex::default(),
-            failed: AtomicBool::new(false),
+            words: LastWords::new(rank, stopped),
+            ended: AtomicBool::new(false),
         })
     }
 
@@ -90,35 +85,31 @@ impl MpiPost {
     fn with_engine<T>(&self, act: impl FnOnce(&mut Engine) -> WireResult<T>) -> Result<T> {
         let mut engine = self.lock();
         let done = match engine.as_mut() {
+            // Open MPI may end the process, or never return, when it sends to a rank that is dead.
+            _ if self.ended.load(Ordering::Acquire) => Err("MPI is not called any more".to_owned()),
             Some(engine) => {
-                let done = act(engine);
+                let done = self.words.calling(|| act(engine));
                 self.busy.store(engine.is_busy(), Ordering::Relaxed);
                 done
             }
             None => Err("MPI is finished".to_owned()),
         };
-        done.map_err(|reason| CommError::Transport { rank: self.rank, reason: self.explained(&reason) })
+        drop(engine);
+        done.map_err(|reason| {
+            let reason = self.words.explain(&reason, self.failure_behind());
+            CommError::Transport { rank: self.rank, reason }
+        })
     }
 
-    /// MPI's words about a failure, after what this rank was doing with whom: MPI does not say.
-    fn explained(&self, reason: &str) -> String {
-        let doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
-        let words = reason.lines().map(str::trim).collect::<Vec<_>>().join(" ");
-        match doing.0.as_str() {
-            "" => words,
-            what => format!("`{what}` with rank {}: {words}", listed(&doing.1)),
-        }
-    }
-
-    /// As [`Post::note`], for one rank more of an operation that sends to several.
-    fn note_sending(&self, what: &str, to: usize) {
-        let mut doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
-        if doing.0 != what {
-            what.clone_into(&mut doing.0);
-            doing.1.clear();
-        }
-        if !doing.1.contains(&to) {
-            doing.1.push(to);
+    /// The failure that an error of MPI comes from: often it is known a moment later.
+    fn failure_behind(&self) -> Option<Failure> {
+        let deadline = Instant::now() + REASON_GRACE;
+        loop {
+            let failure = self.mailbox.failure();
+            if failure.is_some() || Instant::now() >= deadline {
+                return failure;
+            }
+            std::thread::sleep(FAST_SLEEP);
         }
     }
 
@@ -170,25 +161,17 @@ impl MpiPost {
         }
     }
 
-    /// Open MPI holds a call for ever that needs a rank that died, until its launcher kills the caller a second after it has
-    /// asked it to end. Says in that second what this rank was doing. Runs in a thread of its own, as long as the process.
-    pub(super) fn speak_when_stopped(&self) -> ! {
-        while !self.stopped() {
-            std::thread::sleep(STOP_PERIOD);
-        }
-        std::thread::sleep(STOP_PATIENCE);
-        if !self.failed.load(Ordering::Relaxed) {
-            let doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
-            let (what, waiting_for) = (&doing.0, &doing.1);
-            eprintln!(
-                "rank {}: `{what}` was told to stop while MPI held it up; it needs rank {}",
-                self.rank,
-                listed(waiting_for)
-            );
-            std::process::abort();
-        }
-        loop {
-            std::thread::park();
+    /// See [`LastWords::speak_when_held`].
+    pub(super) fn speak_when_held(&self) -> ! {
+        self.words.speak_when_held(&self.mailbox)
+    }
+
+    /// The process of another rank has ended.
+    pub(super) fn ended(&self, rank: usize) {
+        let failure = Failure { rank, reason: "its process has ended".into() };
+        self.mailbox.fail(failure.clone());
+        if !self.ended.swap(true, Ordering::Release) {
+            self.words.speak_if_held(&failure);
         }
     }
 
@@ -244,7 +227,7 @@ impl Post for MpiPost {
     }
 
     fn send(&self, to: usize, address: Address, letter: Letter) -> Result<()> {
-        self.note_sending(&letter.what, to);
+        self.words.note_sending(&letter.what, to);
         self.with_engine(|engine| engine.send(to, address, letter))?;
         self.wake_helper();
         Ok(())
@@ -263,8 +246,12 @@ impl Post for MpiPost {
     }
 
     fn progress(&self) -> Result<()> {
-        let finished = self.with_engine(|engine| engine.progress(&self.mailbox))?;
-        self.finished.store(finished, Ordering::Relaxed);
+        match self.with_engine(|engine| engine.progress(&self.mailbox)) {
+            Ok(finished) => self.finished.store(finished, Ordering::Relaxed),
+            // The mailbox knows who failed.
+            Err(_) if self.mailbox.failure().is_some() => {}
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 
@@ -278,14 +265,11 @@ impl Post for MpiPost {
     }
 
     fn stopped(&self) -> bool {
-        self.stopped.load(Ordering::Relaxed)
+        self.words.stopped()
     }
 
     fn note(&self, what: &str, ranks: &dyn Fn() -> Vec<usize>) {
-        let mut doing = self.doing.lock().unwrap_or_else(PoisonError::into_inner);
-        doing.0.clear();
-        doing.0.push_str(what);
-        doing.1 = ranks();
+        self.words.note(what, ranks());
     }
 
     fn abort(&self, reason: &str) {
@@ -293,7 +277,7 @@ impl Post for MpiPost {
         let own = Failure { rank: self.rank, reason: reason.to_owned() };
         let failure = self.mailbox.failure().unwrap_or(own);
         self.mailbox.fail(failure.clone());
-        self.failed.store(true, Ordering::Relaxed);
+        self.words.fail(reason);
         if self.stopped() {
             // The launcher ends all ranks; a message to one that is dead might never return.
             return;
@@ -306,10 +290,6 @@ impl Post for MpiPost {
         });
         self.wake_helper();
     }
-}
-
-fn listed(ranks: &[usize]) -> String {
-    ranks.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// The pause after the `round`th look of a wait: yields at first, then sleeps longer and longer, up to `longest`.

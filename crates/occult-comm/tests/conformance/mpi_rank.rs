@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use cases::CASES;
 use faults::{FAULTS, Fault, WHAT, names_the_culprit};
-use occult_comm::{Buffer, CommError, Communicator, Expect, MpiOptions, RankError, leave_mpi, run_mpi};
+use occult_comm::{
+    Buffer, CommError, Communicator, Expect, MpiOptions, RankError, end_mpi, leave_mpi, run_mpi,
+};
 
 /// Faults that only processes can have.
 const PROCESS_FAULTS: &[Fault] = &[
@@ -58,13 +60,14 @@ fn run_cases() {
         for case in CASES {
             (case.run)(&*comm).map_err(|error| format!("`{}`: {error}", case.name))?;
         }
+        say(&format!("rank {rank}: conforms"));
         Ok::<_, String>(())
     });
     if result.is_err() {
         say(&format!("rank {rank}: {}", describe(&result)));
         leave_mpi(1, Duration::from_secs(1));
     }
-    say(&format!("rank {rank}: conforms"));
+    end_mpi();
 }
 
 fn describe<E: std::fmt::Display>(result: &Result<(), RankError<E>>) -> String {
