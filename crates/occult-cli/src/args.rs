@@ -322,7 +322,8 @@ pub(crate) struct PlaceArgs {
     pub(crate) profile: PathBuf,
     #[command(flatten)]
     pub(crate) topology: TopologyArgs,
-    /// Placement method: contiguous, random, greedy (the paper's Algorithm 1), eplb (load only), search (ours)
+    /// Placement method: contiguous, random, greedy (the paper's Algorithm 1), eplb (load only), search (ours: fewest
+    /// copies), apart (ours, for decoding one or a few tokens at a time: a token's experts on as many ranks as possible)
     #[arg(long, default_value_t = Method::Search, value_parser = parse::<Method>)]
     pub(crate) method: Method,
     #[command(flatten)]

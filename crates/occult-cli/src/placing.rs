@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use occult_plan::cost::Cluster;
 use occult_plan::placement::search::{self, SearchOptions, SearchOutcome};
-use occult_plan::placement::{Method, contiguous, eplb, greedy, random};
+use occult_plan::placement::{Method, apart, contiguous, eplb, greedy, random};
 use occult_plan::{CoActivation, LayerPlacement, PlanError, RoutingBuf, Topology, tokens_per_expert};
 
 use crate::args::SearchArgs;
@@ -115,14 +115,14 @@ impl Placer {
         let done = |placement| Ok(Placed { placement, search: None, seconds: start.elapsed().as_secs_f64() });
         match (method, input) {
             (Method::Contiguous, _) => done(contiguous::place(e, w)?),
-            (Method::Random, _) => done(random::place(e, w, self.options.seed.wrapping_add(layer as u64))?),
-            (Method::Greedy, LayerInput::Tokens(rows)) => {
+            (Method::Random, _) => done(random::place(e, w, self.seed_of(layer))?),
+            (Method::Greedy | Method::Apart, LayerInput::Tokens(rows)) => {
                 let mut pairs = CoActivation::new(e);
                 pairs.add(&rows.view()?);
-                done(greedy::place(&pairs, w)?)
+                done(self.of_pairs(method, layer, &pairs)?)
             }
-            (Method::Greedy, LayerInput::Counts { coactivation: Some(pairs), .. }) => {
-                done(greedy::place(pairs, w)?)
+            (Method::Greedy | Method::Apart, LayerInput::Counts { coactivation: Some(pairs), .. }) => {
+                done(self.of_pairs(method, layer, pairs)?)
             }
             (Method::Eplb, _) => {
                 let slots =
@@ -143,8 +143,12 @@ impl Placer {
                 let seconds = start.elapsed().as_secs_f64();
                 Ok(Placed { placement: outcome.placement.clone(), search: Some(outcome), seconds })
             }
-            (Method::Greedy | Method::Search, _) => {
-                let what = if method == Method::Search { "method search" } else { "method greedy" };
+            (Method::Greedy | Method::Apart | Method::Search, _) => {
+                let what = match method {
+                    Method::Search => "method search",
+                    Method::Apart => "method apart",
+                    _ => "method greedy",
+                };
                 let missing = if method == Method::Search {
                     "token-level expert ids (this profile has counts only; eplb, contiguous and random need no more)"
                 } else {
@@ -152,6 +156,27 @@ impl Placer {
                 };
                 Err(PlanError::Missing { what, missing }.into())
             }
+        }
+    }
+}
+
+impl Placer {
+    /// Layers need different seeds to differ.
+    fn seed_of(&self, layer: usize) -> u64 {
+        self.options.seed.wrapping_add(layer as u64)
+    }
+
+    /// A method that needs no more than pairs of experts.
+    fn of_pairs(
+        &self,
+        method: Method,
+        layer: usize,
+        pairs: &CoActivation,
+    ) -> occult_plan::Result<LayerPlacement> {
+        let num_ranks = self.topology.num_ranks();
+        match method {
+            Method::Apart => apart::place(pairs, num_ranks, self.seed_of(layer)),
+            _ => greedy::place(pairs, num_ranks),
         }
     }
 }

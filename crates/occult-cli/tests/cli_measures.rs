@@ -335,7 +335,7 @@ fn counts_only_profiles_say_what_cannot_be_computed() {
     says(&text.stderr, &["warning", "counts only"]);
     assert!(!text.stdout.contains("NaN") && !text.stdout.contains("null"), "{text:?}");
 
-    for method in ["search", "greedy"] {
+    for method in ["search", "greedy", "apart"] {
         let message =
             lab.refused(1, &format!("place profile.safetensors --method {method} -o placement.json"));
         says(&message, &["profile.safetensors", method, "counts"]);

@@ -15,7 +15,7 @@ fn place(lab: &Lab, options: &str) -> (serde_json::Value, Table) {
 fn every_method_places_every_expert_and_reports_what_it_wrote() {
     let rows = Rows::new(11, 600, 3, 24, 4);
     let lab = Lab::with(&rows);
-    for method in ["contiguous", "random", "greedy", "eplb", "search"] {
+    for method in ["contiguous", "random", "greedy", "eplb", "search", "apart"] {
         for (ranks, nodes) in [(1, 1), (4, 1), (8, 2), (24, 3)] {
             let options = format!("--method {method} --ranks {ranks} --nodes {nodes} --restarts 2");
             let (figures, table) = place(&lab, &options);
@@ -186,7 +186,7 @@ fn a_cap_that_cannot_be_met_is_exit_code_3() {
 fn sixty_experts_on_eight_ranks() {
     let rows = Rows::new(16, 600, 1, 60, 4);
     let lab = Lab::with(&rows);
-    for method in ["contiguous", "random", "greedy", "search"] {
+    for method in ["contiguous", "random", "greedy", "search", "apart"] {
         let (figures, table) = place(&lab, &format!("--method {method} --ranks 8 --restarts 2"));
         table.measure_sets(0, &rows.sets(0)).check(&figures["layers"][0], 8);
     }
@@ -203,7 +203,7 @@ fn sixty_experts_on_eight_ranks() {
 #[test]
 fn more_ranks_than_experts_is_refused_by_every_method() {
     let lab = Lab::with(&Rows::new(16, 64, 1, 8, 2));
-    for method in ["contiguous", "random", "greedy", "eplb", "search"] {
+    for method in ["contiguous", "random", "greedy", "eplb", "search", "apart"] {
         let command = format!("place profile.safetensors --method {method} --ranks 9 -o placement.json");
         says(&lab.refused(1, &command), &["profile.safetensors", "ranks is 9", "8", "number of experts"]);
     }

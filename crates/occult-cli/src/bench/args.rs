@@ -166,10 +166,12 @@ pub(crate) enum ModeName {
     Dedup,
     /// One row per (token, rank), placement searched on other tokens of the same routing
     DedupSearch,
-    /// And at most two ranks per token
+    /// One row per (token, rank), experts chosen together on different ranks: for steps of one or a few tokens
+    DedupApart,
+    /// As `dedup-search`, and at most two ranks per token
     #[value(name = "prune-2")]
     Prune2,
-    /// And at most one rank per token
+    /// As `dedup-search`, and at most one rank per token
     #[value(name = "prune-1")]
     Prune1,
 }
@@ -180,6 +182,7 @@ impl ModeName {
             Self::Conventional => "conventional",
             Self::Dedup => "dedup",
             Self::DedupSearch => "dedup-search",
+            Self::DedupApart => "dedup-apart",
             Self::Prune2 => "prune-2",
             Self::Prune1 => "prune-1",
         }
@@ -187,7 +190,7 @@ impl ModeName {
 
     /// Whether it runs on the searched placement.
     pub(crate) fn searched(self) -> bool {
-        !matches!(self, Self::Conventional | Self::Dedup)
+        matches!(self, Self::DedupSearch | Self::Prune2 | Self::Prune1)
     }
 
     /// Most ranks of a token.

@@ -7,9 +7,11 @@ use anyhow::{Result, bail};
 use occult_comm::{Buffer, Communicator, Meter, Metered};
 use occult_kernels::Threads;
 use occult_moe::{ExpertParallelLayer, LayerOptions, Mode, Overlap, PruneRule, Pruning, Step, topology_of};
-use occult_plan::placement::contiguous;
 use occult_plan::placement::search::{self, SearchOptions};
-use occult_plan::{Budget, HomeRanks, LayerPlacement, LayerTraffic, Rank, RoutingBuf, Topology};
+use occult_plan::placement::{apart, contiguous};
+use occult_plan::{
+    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, Rank, RoutingBuf, Topology,
+};
 
 use super::args::{ModeName, ShapeArgs};
 use super::routing::{BenchRouting, routing};
@@ -30,6 +32,7 @@ pub(crate) struct Setting {
     pub(crate) ffn: usize,
     pub(crate) contiguous: LayerPlacement,
     pub(crate) searched: LayerPlacement,
+    pub(crate) apart: LayerPlacement,
 }
 
 /// Errors on sizes that leave nothing to do.
@@ -76,9 +79,13 @@ impl Setting {
             true => search_once(&*comm, args, &routing.profiled, topology)?,
             false => contiguous.clone(),
         };
+        let apart = match args.modes.contains(&ModeName::DedupApart) {
+            true => place_apart(&routing.profiled, world, args.seed)?,
+            false => contiguous.clone(),
+        };
         let step = Step::new(tokens_of_ranks(&args.tokens, world)?);
         let (hidden, ffn) = (args.hidden, args.ffn);
-        Ok(Self { comm, meter, topology, routing, step, hidden, ffn, contiguous, searched })
+        Ok(Self { comm, meter, topology, routing, step, hidden, ffn, contiguous, searched, apart })
     }
 
     pub(crate) fn world(&self) -> usize {
@@ -86,7 +93,11 @@ impl Setting {
     }
 
     pub(crate) fn placement(&self, mode: ModeName) -> &LayerPlacement {
-        if mode.searched() { &self.searched } else { &self.contiguous }
+        match mode {
+            ModeName::DedupApart => &self.apart,
+            _ if mode.searched() => &self.searched,
+            _ => &self.contiguous,
+        }
     }
 
     /// Tokens of a rank among all measured tokens.
@@ -137,7 +148,7 @@ impl Setting {
     /// Experts of this rank under every placement in use.
     pub(crate) fn expert_counts(&self) -> Vec<usize> {
         let rank = self.comm.rank() as Rank;
-        [&self.contiguous, &self.searched].map(|p| p.experts_of(rank).len()).to_vec()
+        [&self.contiguous, &self.searched, &self.apart].map(|p| p.experts_of(rank).len()).to_vec()
     }
 
     /// Everybody's numbers, equally many, by rank (collective).
@@ -149,6 +160,13 @@ impl Setting {
         };
         all.iter().map(of).collect()
     }
+}
+
+/// Every rank finds the same: it takes no time.
+fn place_apart(profiled: &RoutingBuf, num_ranks: usize, seed: u64) -> Result<LayerPlacement> {
+    let mut pairs = CoActivation::new(profiled.num_experts);
+    pairs.add(&profiled.view()?);
+    Ok(apart::place(&pairs, num_ranks, seed)?)
 }
 
 /// Rank 0 searches, the others are told.

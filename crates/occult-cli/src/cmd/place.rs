@@ -53,7 +53,8 @@ pub(super) fn run(args: &PlaceArgs) -> Result<()> {
             num_hidden_layers: meta.num_hidden_layers,
             model: meta.model.clone(),
             method: args.method.name().to_owned(),
-            seed: matches!(args.method, Method::Random | Method::Search).then_some(args.search.seed),
+            seed: matches!(args.method, Method::Random | Method::Search | Method::Apart)
+                .then_some(args.search.seed),
             load_cap: (args.method == Method::Search).then_some(placer.options.load_cap),
             profile: args.profile.file_name().map(|n| n.to_string_lossy().into_owned()),
             figures: mean.as_object().cloned(),

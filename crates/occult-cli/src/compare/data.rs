@@ -116,6 +116,7 @@ fn label(method: Method) -> &'static str {
         Method::Greedy => "Greedy (Algorithm 1)",
         Method::Eplb => "EPLB (load only)",
         Method::Search => "Search (ours)",
+        Method::Apart => "Apart (ours, for decoding)",
     }
 }
 
@@ -127,6 +128,7 @@ fn explanation(method: Method) -> &'static str {
             "The paper's Algorithm 1: groups experts that are chosen together, looks at no load."
         }
         Method::Eplb => "DeepSeek's load balancer: evens out load, looks at no collaboration.",
+        Method::Apart => "Fewest pairs of a token's experts on one rank, for steps of a few tokens.",
         Method::Search => "Fewest ranks per token on the recorded expert sets, under a cap on load.",
     }
 }

@@ -16,12 +16,14 @@ pub enum Method {
     Eplb,
     /// Fewest copies on the recorded token sets, under a cap on load.
     Search,
+    /// Fewest pairs of a token's experts on one rank: for decoding a few tokens at a time.
+    Apart,
 }
 
 impl Method {
     /// Every method, in the order in which they are listed to people.
-    pub const ALL: [Method; 5] =
-        [Method::Contiguous, Method::Random, Method::Greedy, Method::Eplb, Method::Search];
+    pub const ALL: [Method; 6] =
+        [Method::Contiguous, Method::Random, Method::Greedy, Method::Eplb, Method::Search, Method::Apart];
 
     /// The name, as in `--method`.
     pub fn name(self) -> &'static str {
@@ -31,6 +33,7 @@ impl Method {
             Method::Greedy => "greedy",
             Method::Eplb => "eplb",
             Method::Search => "search",
+            Method::Apart => "apart",
         }
     }
 }
@@ -64,7 +67,7 @@ mod tests {
         let error = "Greedy".parse::<Method>().unwrap_err().to_string();
         assert_eq!(
             error,
-            "placement method is Greedy, expected one of contiguous, random, greedy, eplb, search"
+            "placement method is Greedy, expected one of contiguous, random, greedy, eplb, search, apart"
         );
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Every method decides one layer; layers are independent. [`Placement`] is the table for all layers of a model.
 
+pub mod apart;
 pub mod contiguous;
 pub mod eplb;
 pub mod greedy;
