@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use occult_plan::LayerPlacement;
 use occult_plan::cost::{Cluster, LayerShape, LinkEnd, PassWork, best_parts};
 use occult_plan::traffic::{ID_BYTES, WEIGHT_BYTES, copy_bounds, uniform_copies};
+use occult_plan::{LayerPlacement, Rank};
 
 use crate::config::{LayerOptions, Mode};
 
@@ -78,7 +78,10 @@ fn passes(
         + cluster.inter.map_or(0.0, |inter| inter.link.latency_s * peers);
     let elements = (shape.num_matrices * shape.hidden * shape.ffn) as f64;
     let compute_s = 2.0 * elements * per_rank * top_k as f64 / cluster.compute.flops_per_s;
-    let weights = elements * shape.weight_dtype_bytes * placement.num_slots() as f64 / ranks;
+    // A rank may hold many experts that are seldom chosen: each part reads them all.
+    let slots =
+        (0..topology.num_ranks()).map(|rank| placement.experts_of(rank as Rank).len()).max().unwrap_or(0);
+    let weights = elements * shape.weight_dtype_bytes * slots as f64;
     let forward = PassWork {
         out_s: wire(ID_BYTES + WEIGHT_BYTES),
         back_s: wire(0.0),
@@ -156,6 +159,25 @@ mod tests {
         assert_eq!(of(&on_hosts, &cluster(1e-6, 1e12), 4096, Pass::Training), 1);
         let straight = LayerOptions { two_level: crate::config::TwoLevel::Off, ..on_hosts };
         assert!(of(&straight, &cluster(1e-6, 1e12), 4096, Pass::Training) > 1);
+    }
+
+    #[test]
+    fn the_rank_with_most_experts_pays_for_the_parts() {
+        let shape = LayerShape::gated(512, 512, 4.0);
+        let count = |experts: [u16; 4]| {
+            let experts: Vec<u16> =
+                (0..4).flat_map(|rank| vec![rank; usize::from(experts[usize::from(rank)])]).collect();
+            let placement = LayerPlacement::from_expert_ranks(4, &experts).unwrap();
+            let options = LayerOptions {
+                copies_per_token: Some([2.0, 2.0]),
+                ..LayerOptions::new(Topology::flat(4).unwrap())
+            };
+            let mut cluster = cluster(1e-6, 1e12);
+            cluster.compute.memory_bandwidth_bytes_per_s = 3e10;
+            chunk_count(&cluster, &shape, &placement, &options, 4, 4096, Pass::Inference)
+        };
+        let (even, uneven) = (count([16; 4]), count([4, 4, 4, 52]));
+        assert!(1 <= uneven && uneven < even, "{uneven} {even}");
     }
 
     #[test]

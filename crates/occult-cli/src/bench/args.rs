@@ -43,6 +43,9 @@ pub(crate) struct ShapeArgs {
     /// The same number of experts on every rank
     #[arg(long)]
     pub(crate) equal: bool,
+    /// Most experts on a rank: each costs reading its weights, however few its tokens
+    #[arg(long, value_name = "N", conflicts_with = "equal")]
+    pub(crate) max_experts_per_rank: Option<usize>,
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,

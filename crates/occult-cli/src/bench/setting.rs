@@ -182,7 +182,7 @@ fn search_once(
         let options = SearchOptions {
             load_cap: args.load_cap,
             relax_cap: true,
-            max_experts_per_rank: args.equal.then(|| e.div_ceil(w)),
+            max_experts_per_rank: args.equal.then(|| e.div_ceil(w)).or(args.max_experts_per_rank),
             restarts: Some(RESTARTS),
             seed: args.seed,
             ..SearchOptions::default()
