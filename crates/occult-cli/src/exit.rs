@@ -1,7 +1,5 @@
 //! Exit codes: what a script can tell apart.
 
-use std::process::ExitCode;
-
 use occult_formats::FormatError;
 use occult_plan::PlanError;
 
@@ -22,15 +20,15 @@ pub(crate) const HELP: &str = "Exit codes:\n  0  done\n  1  a file is not what i
                                written or computed\n  2  wrong usage\n  3  no placement within the limits was found";
 
 /// Exit code of an error.
-pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
+pub(crate) fn code(error: &anyhow::Error) -> u8 {
     if error.is::<Usage>() {
-        return ExitCode::from(2);
+        return 2;
     }
     let infeasible = error.chain().any(|cause| match cause.downcast_ref::<PlanError>() {
         Some(PlanError::InLayer { source, .. }) => matches!(**source, PlanError::Infeasible(_)),
         other => matches!(other, Some(PlanError::Infeasible(_))),
     });
-    ExitCode::from(if infeasible { 3 } else { 1 })
+    if infeasible { 3 } else { 1 }
 }
 
 /// The error and its causes on one line. Many of our errors quote their cause, which is not said again.
@@ -74,7 +72,7 @@ mod tests {
     #[test]
     fn infeasible_has_a_code_of_its_own() {
         let infeasible = PlanError::Infeasible("why".to_owned()).in_layer(3);
-        assert_eq!(code(&anyhow::Error::from(infeasible).context("x")), ExitCode::from(3));
-        assert_eq!(code(&anyhow::Error::from(PlanError::NoTokens)), ExitCode::from(1));
+        assert_eq!(code(&anyhow::Error::from(infeasible).context("x")), 3);
+        assert_eq!(code(&anyhow::Error::from(PlanError::NoTokens)), 1);
     }
 }

@@ -35,16 +35,15 @@ use clap::Parser;
 /// Parses the command line, runs the command, prints an error as one line with its causes, and maps it to an exit code.
 pub fn main() -> ExitCode {
     let cli = args::Cli::parse();
-    match cmd::run(cli.command) {
-        Ok(()) => {
-            #[cfg(feature = "mpi")]
-            occult_comm::end_mpi();
-            ExitCode::SUCCESS
-        }
-        Err(error) if exit::is_broken_pipe(&error) => ExitCode::SUCCESS,
+    let code = match cmd::run(cli.command) {
+        Ok(()) => 0,
+        Err(error) if exit::is_broken_pipe(&error) => 0,
         Err(error) => {
             eprintln!("occult: {}", exit::message(&error));
             exit::code(&error)
         }
-    }
+    };
+    #[cfg(feature = "mpi")]
+    occult_comm::end_mpi(code.into());
+    ExitCode::from(code)
 }

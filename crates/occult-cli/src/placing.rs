@@ -158,9 +158,7 @@ impl Placer {
             }
         }
     }
-}
 
-impl Placer {
     /// Layers need different seeds to differ.
     fn seed_of(&self, layer: usize) -> u64 {
         self.options.seed.wrapping_add(layer as u64)

@@ -4,7 +4,8 @@
 use std::time::{Duration, Instant};
 
 use occult_comm::{
-    Buffer, CommError, Communicator, Expect, MpiOptions, ThreadOptions, leave_mpi, run_mpi, run_threads,
+    Buffer, CommError, Communicator, Expect, MpiOptions, ThreadOptions, end_mpi, leave_mpi, run_mpi,
+    run_threads,
 };
 
 fn main() {
@@ -14,6 +15,7 @@ fn main() {
         eprintln!("{error}");
         leave_mpi(1, Duration::from_secs(1));
     }
+    end_mpi(0);
 }
 
 /// CPU seconds of this process so far.

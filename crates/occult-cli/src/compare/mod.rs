@@ -23,7 +23,7 @@ use crate::{parallel, progress, setup};
 
 /// Caps that the frontier is drawn for, beside the one asked for.
 const FRONTIER_CAPS: [f64; 5] = [1.05, 1.1, 1.25, 1.5, 2.0];
-/// Those that look at copies or load; `apart` trades both for steps of a few tokens.
+/// Compared by copies and load: all but `apart`, which gives copies away for steps of a few tokens.
 const METHODS: [Method; 5] =
     [Method::Contiguous, Method::Random, Method::Greedy, Method::Eplb, Method::Search];
 

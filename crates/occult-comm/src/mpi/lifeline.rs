@@ -11,7 +11,7 @@ use std::time::Duration;
 
 /// Longest time in which a connection is made or its token read.
 const CONNECT_LIMIT: Duration = Duration::from_secs(1);
-/// Connections that are accepted: one of every other process, and as many as strangers may open.
+/// Most connections that are accepted: other processes need one each, and strangers may come.
 const ACCEPTED: usize = 4096;
 /// Threads that only wait need next to no stack.
 const STACK_BYTES: usize = 64 * 1024;
@@ -20,7 +20,6 @@ const STACK_BYTES: usize = 64 * 1024;
 #[derive(Debug)]
 pub(super) struct Lifeline {
     listener: TcpListener,
-    port: u16,
     token: u64,
 }
 
@@ -57,7 +56,7 @@ impl Contact {
         Ok(stream)
     }
 
-    /// Returns when the process has ended; `false` when that can not be told (any more).
+    /// Returns when the process has ended; `false` when that cannot be told (any more).
     fn wait_for_end(&self) -> bool {
         let Some(mut stream) = self.addresses.iter().find_map(|&address| self.connect(address).ok()) else {
             return false;
@@ -81,15 +80,15 @@ impl Lifeline {
     pub(super) fn open() -> io::Result<Self> {
         use std::hash::{BuildHasher as _, Hasher as _};
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-        let port = listener.local_addr()?.port();
         let token = std::collections::hash_map::RandomState::new().build_hasher().finish();
-        Ok(Self { listener, port, token })
+        Ok(Self { listener, token })
     }
 
     /// How to reach this process.
     pub(super) fn contact(&self) -> io::Result<Contact> {
+        let port = self.listener.local_addr()?.port();
         let ips = if_addrs::get_if_addrs()?.into_iter().map(|interface| interface.ip());
-        let addresses = ips.filter(|ip| ip.is_ipv4()).map(|ip| SocketAddr::new(ip, self.port)).collect();
+        let addresses = ips.filter(|ip| ip.is_ipv4()).map(|ip| SocketAddr::new(ip, port)).collect();
         Ok(Contact { token: self.token, addresses })
     }
 

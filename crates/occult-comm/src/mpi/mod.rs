@@ -28,8 +28,10 @@ use universe::Universe;
 
 /// Whether MPI was started in this process.
 static STARTED: AtomicBool = AtomicBool::new(false);
-/// Set when [`run_mpi`] has left it as it was at its end: how long this rank waits before it ends the program.
-static NOT_ENDED: OnceLock<Duration> = OnceLock::new();
+/// This rank, when [`run_mpi`] has left MPI as it was at its end.
+static NOT_ENDED: OnceLock<usize> = OnceLock::new();
+/// Whether the process of rank 0 has ended after all ranks were done.
+static RANK_0_ENDED: AtomicBool = AtomicBool::new(false);
 /// Longest wait for MPI to end the program.
 const ABORT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -102,8 +104,7 @@ where
     };
     end().map_err(|error| fail(RankError::NotEnded(error.to_string())))?;
     if several_hosts && universe::hangs_at_its_end(&mpi::environment::library_version().unwrap_or_default()) {
-        // The others have no more to do than to be ended by rank 0.
-        let _ = NOT_ENDED.set(if rank == 0 { Duration::ZERO } else { options.limit });
+        let _ = NOT_ENDED.set(rank);
     } else if !universe.end(options.limit) {
         let reason = format!("ending MPI took more than {} s", options.limit.as_secs_f64());
         return Err(RankError::NotEnded(reason));
@@ -111,11 +112,19 @@ where
     Ok(value)
 }
 
-/// The last call of a program whose ranks have all succeeded: ends it with status 0 where [`run_mpi`] could not end MPI, and does
-/// nothing otherwise. That is MPICH before 4.2 over UCX between hosts, which hangs when it is ended.
-pub fn end_mpi() {
-    if let Some(&wait) = NOT_ENDED.get() {
-        leave_mpi(0, wait);
+/// The last call of a program, with its exit code: ends it where [`run_mpi`] could not end MPI, and does nothing otherwise. That is
+/// MPICH before 4.2 over UCX between hosts, which hangs when it is ended.
+pub fn end_mpi(code: i32) {
+    match NOT_ENDED.get() {
+        None => {}
+        Some(0) => leave_mpi(code, Duration::ZERO),
+        // They have no more to do than to be ended by rank 0, which may still write its results.
+        Some(_) => {
+            while !RANK_0_ENDED.load(Ordering::Acquire) {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            std::process::exit(code)
+        }
     }
 }
 
@@ -165,6 +174,8 @@ fn meet(post: &Arc<MpiPost>, num_ranks: usize, over: &Arc<AtomicBool>) -> Result
         let _ = line.hold(others, move |rank| {
             if !over.load(Ordering::Relaxed) {
                 post.ended(rank);
+            } else if rank == 0 {
+                RANK_0_ENDED.store(true, Ordering::Release);
             }
         });
     }

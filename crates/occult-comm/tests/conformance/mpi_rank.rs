@@ -67,7 +67,7 @@ fn run_cases() {
         say(&format!("rank {rank}: {}", describe(&result)));
         leave_mpi(1, Duration::from_secs(1));
     }
-    end_mpi();
+    end_mpi(0);
 }
 
 fn describe<E: std::fmt::Display>(result: &Result<(), RankError<E>>) -> String {
