@@ -63,7 +63,8 @@ pub(crate) enum Command {
     /// Limit the ranks a token visits, and report what that keeps
     #[command(
         after_help = "Examples:\n  occult prune profile.safetensors placement.json --max-ranks 2 --rule best-mass\n  \
-                            occult prune profile.safetensors placement.json --max-ranks 4 --keep-mass 0.9"
+                            occult prune profile.safetensors placement.json --max-ranks 4 --keep-mass 0.9\n  \
+                            occult prune profile.safetensors placement.json --max-ranks 1 --balance 1.1 -o balanced.json"
     )]
     Prune(PruneArgs),
     /// Compare placements and write one self-contained HTML page
@@ -425,6 +426,16 @@ pub(crate) struct PruneArgs {
     /// Only choose ranks, name no replacements: works on profiles with weights but without all scores (best-mass only)
     #[arg(long)]
     pub(crate) ranks_only: bool,
+    /// Let pruning load the ranks evenly: no rank more than so many times the mean, as near as can be. Writes the placement
+    /// with weights of its ranks to --output (best-mass and least-error)
+    #[arg(long, value_parser = load_cap, value_name = "CAP", requires = "output", conflicts_with = "ranks_only")]
+    pub(crate) balance: Option<f64>,
+    /// The placement with weights of its ranks, for this rule and budget: give it to tune and to commands that run the model
+    #[arg(short, long, requires = "balance", value_name = "PLACEMENT")]
+    pub(crate) output: Option<PathBuf>,
+    /// Tokens per layer that --balance looks at
+    #[arg(long, default_value_t = 16_384, value_parser = at_least::<1>, value_name = "N")]
+    pub(crate) max_tokens: usize,
     /// Whether the router renormalises the weights of the chosen experts [default: what the profile says, else false]
     #[arg(long, value_name = "true|false")]
     pub(crate) norm_topk_prob: Option<bool>,

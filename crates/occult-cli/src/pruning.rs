@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use occult_formats::{Columns, FormatError, Profile};
 use occult_model::ModelSpec;
-use occult_plan::prune::best_mass_ranks_only;
+use occult_plan::prune::{balance, best_mass_ranks_only};
 use occult_plan::{
     Budget, HomeRanks, LayerPlacement, PlanError, PruneStats, RouterRule, SimilarityAccumulator,
     SimilarityTable, Topology, TrafficMeter, prune,
@@ -112,6 +112,24 @@ pub(crate) fn prune_layer(
     })?;
     let load = meter.finish().map_err(|e| e.in_layer(layer))?.summary().load_max_over_mean;
     Ok(PrunedLayer { stats, load_max_over_mean: Some(load) })
+}
+
+/// The placement of a layer with weights of its ranks under which pruning keeps to `load_cap`, from up to `max_tokens` rows.
+pub(crate) fn balance_layer(
+    profile: &Profile,
+    layer: usize,
+    placement: &LayerPlacement,
+    topology: Topology,
+    (rule, budget): (PruneRule, Budget),
+    router: &RouterRule,
+    (load_cap, max_tokens): (f64, usize),
+) -> Result<LayerPlacement> {
+    require_scores(profile, layer, rule)?;
+    let rule = rule.with(None).context("--balance works with --rule best-mass and least-error")?;
+    let columns = Columns { weights: false, scores: true, domains: false };
+    let rows = profile.read_rows(layer, columns, max_tokens)?.routing;
+    let balanced = balance(&rows.view()?, placement, topology, rule.rule(), budget, router, load_cap);
+    Ok(balanced.map_err(|e| e.in_layer(layer))?.placement)
 }
 
 /// The ranks that best-mass would choose, from weights alone.

@@ -101,6 +101,21 @@ fn real_routing_is_there_without_files() {
 }
 
 #[test]
+fn balanced_pruning_loads_ranks_more_evenly() {
+    let modes = "prune-1,prune-1-balanced,prune-2,prune-2-balanced";
+    let json = bench(&format!(
+        "layer --ranks 4 --tokens 256 --hidden 8 --ffn 8 --reps 1 --routing bundled --load-cap 1.05 --modes {modes}"
+    ));
+    for limit in [1, 2] {
+        let [plain, balanced] = ["", "-balanced"].map(|how| mode(&json, &format!("prune-{limit}{how}")));
+        let figure = |of: &Value, key: &str| of[key].as_f64().unwrap();
+        assert!(figure(balanced, "copies_per_token") <= f64::from(limit), "{json}");
+        let [plain, balanced] = [plain, balanced].map(|of| figure(of, "load_max_over_mean"));
+        assert!(balanced < plain && balanced < 1.3, "at most {limit}: {plain}, balanced {balanced}");
+    }
+}
+
+#[test]
 fn two_levels_send_less_between_nodes_and_as_predicted() {
     let size = "--tokens 96 --hidden 16 --ffn 8 --experts 16 --top-k 4 --reps 1 --small-batch 0 --backward";
     let json = bench(&format!("layer --ranks 4 --nodes 2 {size} --overlap on --chunks 3"));

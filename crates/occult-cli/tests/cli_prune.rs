@@ -330,6 +330,41 @@ fn ranks_only_needs_no_more_than_weights() {
 }
 
 #[test]
+fn balance_writes_a_placement_under_which_pruning_loads_ranks_evenly() {
+    let (_, lab, _) = setup();
+    let load = |figures: &Value| number(figures, "load_max_over_mean");
+    for options in ["--max-ranks 1", "--max-ranks 2 --rule least-error", "--max-ranks 3 --keep-mass 0.8"] {
+        let plain = prune(&lab, options);
+        let balanced = prune(&lab, &format!("{options} --balance 1.05 -o balanced.json"));
+        assert_eq!(balanced["without_balance"], plain["mean"], "{options}");
+        assert!(load(&balanced["mean"]) < load(&plain["mean"]), "{options}: {balanced}");
+        assert!(number(&balanced["mean"], "retained_mass") <= number(&plain["mean"], "retained_mass"));
+        // The file says it all: whoever prunes with it gets the same.
+        let again = lab.figures(&format!("prune profile.safetensors balanced.json {options}"));
+        assert_eq!(again["layers"], balanced["layers"], "{options}");
+        let file = lab.json("balanced.json");
+        for layer in list(&file, "layers") {
+            assert_eq!(list(layer, "rank_weights").len(), RANKS);
+        }
+        assert_eq!(Table::of(&file).rank_of(0), Table::of(&lab.json("placement.json")).rank_of(0));
+    }
+    let text =
+        lab.ok("prune profile.safetensors placement.json --max-ranks 1 --balance 1.05 -o b.json").stdout;
+    says(&text, &["Written to b.json, with weights of the ranks. Without them: load "]);
+    for (options, complaint) in [
+        ("--balance 1.1", "--output"),
+        ("-o x.json", "--balance"),
+        ("--balance 0.5 -o x.json", "a finite number from 1"),
+        ("--balance 1.1 -o x.json --rule similarity", "best-mass and least-error"),
+        ("--balance 1.1 -o x.json --ranks-only", "--ranks-only"),
+    ] {
+        let message =
+            lab.refused(2, &format!("prune profile.safetensors placement.json --max-ranks 1 {options}"));
+        says(&message, &[complaint]);
+    }
+}
+
+#[test]
 fn the_table_says_what_was_done() {
     let (_, lab, _) = setup();
     let text = lab.ok("prune profile.safetensors placement.json --max-ranks 2 --rule similarity").stdout;

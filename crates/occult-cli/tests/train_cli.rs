@@ -98,6 +98,28 @@ fn tuning_over_ranks_with_a_limit_records_it() {
     }
 }
 
+#[test]
+fn weights_of_ranks_steer_a_run_and_stay_with_the_model() {
+    let room = Room::new();
+    let limited = |out: &str, more: &[&str]| room.args("tune", out, &[&["--max-ranks", "1"], more].concat());
+    done(&strs(&limited("plain", &["--ranks", "2"])));
+    let path = room.at("plain/placement.json");
+    let mut file: Value = serde_json::from_slice(&fs::read(&path).expect("read")).expect("JSON");
+    for layer in file["layers"].as_array_mut().expect("layers") {
+        layer["rank_weights"] = serde_json::json!([1.0, 0.0001]);
+    }
+    let path = room.write("weighted.json", file.to_string());
+    done(&strs(&limited("weighted", &["--placement", &path])));
+    let (_, kept) =
+        occult_formats::LimitFile::read(Path::new(&room.at("weighted"))).expect("read").expect("limit");
+    assert!(kept.placement.layers().iter().all(|l| l.rank_weights() == Some(&[1.0, 0.0001])));
+    let [plain, weighted] = ["plain", "weighted"].map(|run| room.log(run)[0]["loss"].as_f64().expect("loss"));
+    assert_ne!(plain, weighted, "other experts are chosen");
+    let more = ["--placement", &path, "--ranks", "2", "--replace-placement", "0.1"];
+    let message = fails(&strs(&limited("replaced", &more)), 1);
+    assert!(message.contains("weights of its ranks"), "{message}");
+}
+
 /// The message of a run that is refused with these data.
 fn refused_data(room: &Room, file: &str) -> String {
     let args: Vec<String> =

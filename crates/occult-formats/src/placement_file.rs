@@ -11,7 +11,8 @@
 //!   ]
 //! }
 //! ```
-//! Everything is said twice where it can be (counts, layer numbers) and must agree: a damaged file is noticed.
+//! Everything is said twice where it can be (counts, layer numbers) and must agree: a damaged file is noticed. A layer can
+//! have `"rank_weights": [1, 0.8]`, what routing mass on each rank counts for when pruning chooses a token's ranks.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -86,6 +87,8 @@ struct File {
 struct Layer {
     layer: u32,
     ranks: Vec<Vec<i64>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    rank_weights: Option<Vec<f32>>,
 }
 
 impl PlacementFile {
@@ -147,7 +150,12 @@ impl PlacementFile {
                 list.iter().map(id).collect::<Result<Vec<u16>>>()
             };
             let ranks = layer.ranks.iter().enumerate().map(ids).collect::<Result<Vec<_>>>()?;
-            tables.push(LayerPlacement::from_rank_experts(experts, &ranks).map_err(|e| plan(i, e))?);
+            let table = LayerPlacement::from_rank_experts(experts, &ranks);
+            let table = table.and_then(|table| match &layer.rank_weights {
+                Some(weights) => table.with_rank_weights(weights.clone()),
+                None => Ok(table),
+            });
+            tables.push(table.map_err(|e| plan(i, e))?);
         }
         let placement = Placement::new(topology, tables).map_err(|e| bad(String::new(), e.to_string()))?;
         Ok(Self { meta: header.meta, placement })
@@ -174,7 +182,9 @@ impl PlacementFile {
         for (i, (layer, &id)) in placement.layers().iter().zip(&self.meta.layer_ids).enumerate() {
             let ranks = (0..layer.num_ranks())
                 .map(|r| layer.experts_of(r as u16).iter().map(|&e| i64::from(e)).collect());
-            let line = serde_json::to_string(&Layer { layer: id, ranks: ranks.collect() }).map_err(json)?;
+            let rank_weights = layer.rank_weights().map(<[f32]>::to_vec);
+            let line = Layer { layer: id, ranks: ranks.collect(), rank_weights };
+            let line = serde_json::to_string(&line).map_err(json)?;
             let comma = if i + 1 < placement.layers().len() { "," } else { "" };
             text.push_str(&format!("    {line}{comma}\n"));
         }

@@ -68,6 +68,31 @@ fn wrong_counts() {
 }
 
 #[test]
+fn weights_of_ranks() {
+    let with = |weights: &str| {
+        let line = format!("[[0, 2], [1, 3]], \"rank_weights\": {weights}");
+        parse(&GOOD.replacen("[[0, 2], [1, 3]]", &line, 1))
+    };
+    let file = with("[1, 0.8]").unwrap();
+    assert_eq!(file.placement.layers()[0].rank_weights(), Some(&[1.0, 0.8][..]));
+    assert_eq!(file.placement.layers()[1].rank_weights(), None);
+    assert_eq!(parse(&file.to_json().unwrap()).unwrap(), file);
+    // Experts that get other numbers stay where they are, and so do the weights.
+    let renumbered = file.placement.layers()[0].renumbered(&[3, 2, 1, 0]).unwrap();
+    assert_eq!((renumbered.experts_of(0), renumbered.rank_weights()), (&[1, 3][..], Some(&[1.0, 0.8][..])));
+    for (weights, words) in [
+        ("[1]", "layer 0: weights of the ranks [W]: expected 2 values, found 1"),
+        ("[1, 0]", "layer 0: weights of the ranks is 0 of rank 1, expected above 0, finite"),
+        ("[1, -1]", "is -1 of rank 1"),
+        ("[1, 1e99]", "is inf of rank 1"),
+        ("[1, \"a\"]", "expected f32"),
+    ] {
+        let message = with(weights).expect_err(words);
+        assert!(message.starts_with("p.json: ") && message.contains(words), "{message}");
+    }
+}
+
+#[test]
 fn other_format() {
     refused("occult.placement.v1", "occult.placement.v9", "its format is \"occult.placement.v9\"");
     refused("\"format\"", "\"fmt\"", "its format is none");

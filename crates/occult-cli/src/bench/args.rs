@@ -177,6 +177,12 @@ pub(crate) enum ModeName {
     /// As `dedup-search`, and at most one rank per token
     #[value(name = "prune-1")]
     Prune1,
+    /// As `prune-2`, ranks chosen so that loads are even (`occult prune --balance` at --load-cap)
+    #[value(name = "prune-2-balanced")]
+    Prune2Balanced,
+    /// As `prune-1`, likewise
+    #[value(name = "prune-1-balanced")]
+    Prune1Balanced,
 }
 
 impl ModeName {
@@ -188,20 +194,27 @@ impl ModeName {
             Self::DedupApart => "dedup-apart",
             Self::Prune2 => "prune-2",
             Self::Prune1 => "prune-1",
+            Self::Prune2Balanced => "prune-2-balanced",
+            Self::Prune1Balanced => "prune-1-balanced",
         }
     }
 
     /// Whether it runs on the searched placement.
     pub(crate) fn searched(self) -> bool {
-        matches!(self, Self::DedupSearch | Self::Prune2 | Self::Prune1)
+        self == Self::DedupSearch || self.max_ranks().is_some()
     }
 
     /// Most ranks of a token.
     pub(crate) fn max_ranks(self) -> Option<usize> {
         match self {
-            Self::Prune2 => Some(2),
-            Self::Prune1 => Some(1),
+            Self::Prune2 | Self::Prune2Balanced => Some(2),
+            Self::Prune1 | Self::Prune1Balanced => Some(1),
             _ => None,
         }
+    }
+
+    /// Whether the ranks have weights that make their loads even when pruned.
+    pub(crate) fn balanced(self) -> bool {
+        matches!(self, Self::Prune2Balanced | Self::Prune1Balanced)
     }
 }

@@ -23,7 +23,7 @@ pub(crate) struct BenchRouting {
     /// For people.
     pub(crate) name: String,
     pub(crate) router: RouterSpec,
-    /// Tokens that placements are made from.
+    /// Tokens that placements are made from, with router logits.
     pub(crate) profiled: RoutingBuf,
     /// Router logits `[T, E]` of the measured tokens, whose choice is `chosen`.
     pub(crate) logits: Vec<f32>,
@@ -35,7 +35,7 @@ pub(crate) struct BenchRouting {
 
 /// Routing of `tokens` tokens as the arguments want it.
 pub(crate) fn routing(args: &ShapeArgs, tokens: usize) -> Result<BenchRouting> {
-    let (name, profiled, measured) = match args.routing.as_str() {
+    let (name, mut profiled, measured) = match args.routing.as_str() {
         "synthetic" => {
             let (e, k) = (args.experts.unwrap_or(64), args.top_k.unwrap_or(8));
             if k == 0 || k > e || e > usize::from(ExpertId::MAX) {
@@ -65,15 +65,16 @@ pub(crate) fn routing(args: &ShapeArgs, tokens: usize) -> Result<BenchRouting> {
         }
     };
     let router = RouterSpec::softmax(measured.num_experts, measured.top_k, true);
+    if profiled.scores.is_none() {
+        profiled.scores = Some(logits(&profiled, &profiled.view()?));
+    }
+    let logits = match measured.scores {
+        Some(scores) => scores,
+        None => logits(&measured, &profiled.view()?),
+    };
     let n = profiled.num_tokens();
     let probe = pick(&profiled, &(0..tokens).map(|i| i % n).collect::<Vec<_>>());
-    let [logits, probe_logits] = [measured, probe].map(|mut rows| -> Result<Vec<f32>> {
-        match rows.scores.take() {
-            Some(scores) => Ok(scores),
-            None => Ok(logits(&rows, &profiled.view()?)),
-        }
-    });
-    let (logits, probe_logits) = (logits?, probe_logits?);
+    let probe_logits = probe.scores.unwrap_or_default();
     let chosen = router.select(&logits)?;
     Ok(BenchRouting { name, router, profiled, logits, chosen, probe_logits })
 }

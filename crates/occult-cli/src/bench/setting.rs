@@ -9,6 +9,7 @@ use occult_kernels::Threads;
 use occult_moe::{ExpertParallelLayer, LayerOptions, Mode, Overlap, PruneRule, Pruning, Step, topology_of};
 use occult_plan::placement::search::{self, SearchOptions};
 use occult_plan::placement::{apart, contiguous};
+use occult_plan::prune::balance;
 use occult_plan::{
     Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, Rank, RoutingBuf, Topology,
 };
@@ -19,6 +20,8 @@ use crate::exit::Usage;
 
 /// Annealing runs of a searched placement: enough for one layer, soon done.
 const RESTARTS: usize = 8;
+/// Of the modes that prune.
+const PRUNE_RULE: PruneRule = PruneRule::BestMass;
 
 /// One rank's view.
 pub(crate) struct Setting {
@@ -33,6 +36,8 @@ pub(crate) struct Setting {
     pub(crate) contiguous: LayerPlacement,
     pub(crate) searched: LayerPlacement,
     pub(crate) apart: LayerPlacement,
+    /// The searched one with weights of its ranks, for modes that want some.
+    balanced: Vec<(ModeName, LayerPlacement)>,
 }
 
 /// Errors on sizes that leave nothing to do.
@@ -83,9 +88,13 @@ impl Setting {
             true => place_apart(&routing.profiled, world, args.seed)?,
             false => contiguous.clone(),
         };
+        let mut balanced = Vec::new();
+        for &mode in args.modes.iter().filter(|mode| mode.balanced()) {
+            balanced.push((mode, balance_once(&*comm, args.load_cap, mode, &routing, &searched, topology)?));
+        }
         let step = Step::new(tokens_of_ranks(&args.tokens, world)?);
         let (hidden, ffn) = (args.hidden, args.ffn);
-        Ok(Self { comm, meter, topology, routing, step, hidden, ffn, contiguous, searched, apart })
+        Ok(Self { comm, meter, topology, routing, step, hidden, ffn, contiguous, searched, apart, balanced })
     }
 
     pub(crate) fn world(&self) -> usize {
@@ -95,6 +104,10 @@ impl Setting {
     pub(crate) fn placement(&self, mode: ModeName) -> &LayerPlacement {
         match mode {
             ModeName::DedupApart => &self.apart,
+            _ if mode.balanced() => {
+                let found = self.balanced.iter().find(|(of, _)| *of == mode);
+                found.map_or(&self.searched, |(_, placement)| placement)
+            }
             _ if mode.searched() => &self.searched,
             _ => &self.contiguous,
         }
@@ -122,7 +135,7 @@ impl Setting {
         let (placement, profiled) = (self.placement(mode), self.routing.profiled.view()?);
         let traffic =
             LayerTraffic::measure(placement, self.topology, HomeRanks::Uniform, &profiled)?.summary();
-        let prune = |max_ranks| Pruning { rule: PruneRule::BestMass, budget: Budget::Fixed { max_ranks } };
+        let prune = |max_ranks| Pruning { rule: PRUNE_RULE, budget: Budget::Fixed { max_ranks } };
         Ok(LayerOptions {
             mode: if mode == ModeName::Conventional { Mode::Conventional } else { Mode::Dedup },
             pruning: mode.max_ranks().map(prune),
@@ -192,6 +205,26 @@ fn search_once(
     }
     let buffer = comm.broadcast("bench placement", 0, Buffer::from_slice(&ranks))?;
     Ok(LayerPlacement::from_expert_ranks(topology.num_ranks(), buffer.as_slice())?)
+}
+
+/// Rank 0 finds the weights of the ranks, the others are told.
+fn balance_once(
+    comm: &dyn Communicator,
+    load_cap: f64,
+    mode: ModeName,
+    routing: &BenchRouting,
+    searched: &LayerPlacement,
+    topology: Topology,
+) -> Result<LayerPlacement> {
+    let mut weights = Vec::new();
+    if comm.rank() == 0 {
+        let budget = Budget::Fixed { max_ranks: mode.max_ranks().unwrap_or(topology.num_ranks()) };
+        let (rows, router) = (routing.profiled.view()?, &routing.router.rule);
+        let found = balance(&rows, searched, topology, PRUNE_RULE.rule(), budget, router, load_cap)?;
+        weights = found.placement.rank_weights().unwrap_or_default().to_vec();
+    }
+    let buffer = comm.broadcast("bench weights of ranks", 0, Buffer::from_slice(&weights))?;
+    Ok(searched.clone().with_rank_weights(buffer.as_slice().to_vec())?)
 }
 
 /// Routing for all ranks' tokens.

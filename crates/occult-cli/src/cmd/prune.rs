@@ -1,7 +1,7 @@
 //! `occult prune`
 
 use anyhow::{Result, bail};
-use occult_plan::{Budget, Topology};
+use occult_plan::{Budget, LayerPlacement, Placement, Topology};
 use serde_json::json;
 
 use crate::args::{PruneArgs, PruneRule};
@@ -15,24 +15,55 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         let rule = args.rule.name();
         bail!(Usage(format!("--ranks-only works with --rule best-mass only: {rule} needs all scores")));
     }
+    if args.balance.is_some() && !matches!(args.rule, PruneRule::BestMass | PruneRule::LeastError) {
+        let rule = args.rule.name();
+        bail!(Usage(format!("--balance works with --rule best-mass and least-error, not with {rule}")));
+    }
     let profile = setup::profile(&args.profile)?;
-    let file = setup::placement(&args.placement, profile.meta())?;
+    let mut file = setup::placement(&args.placement, profile.meta())?;
     let topology = file.placement.topology();
     let budget = args.adaptive.budget(args.max_ranks);
     let router = setup::router_rule(profile.meta(), args.norm_topk_prob);
     let bar = progress::bar(profile.num_layers() as u64, "layers");
-    let layers = parallel::map_ordered(profile.num_layers(), setup::threads(args.threads), |layer| {
-        let placement = &file.placement.layers()[layer];
-        let pruned = if args.ranks_only {
+    let prune = |layer: usize, placement: &LayerPlacement| {
+        if args.ranks_only {
             pruning::choose_ranks(&profile, layer, placement, topology, budget)
         } else {
             pruning::prune_layer(&profile, layer, placement, topology, args.rule, budget, &router)
+        }
+    };
+    let layers = parallel::map_ordered(profile.num_layers(), setup::threads(args.threads), |layer| {
+        let placement = &file.placement.layers()[layer];
+        let pruned = match args.balance {
+            None => prune(layer, placement).map(|pruned| (pruned, None)),
+            Some(load_cap) => {
+                let (how, within) = ((args.rule, budget), (load_cap, args.max_tokens));
+                pruning::balance_layer(&profile, layer, placement, topology, how, &router, within).and_then(
+                    |balanced| Ok((prune(layer, &balanced)?, Some((prune(layer, placement)?, balanced)))),
+                )
+            }
         };
         bar.inc(1);
         pruned
     });
     bar.finish_and_clear();
-    let layers = layers?;
+    let (layers, balanced): (Vec<_>, Vec<_>) = layers?.into_iter().unzip();
+    let balanced: Option<(Vec<_>, Vec<_>)> =
+        balanced.into_iter().collect::<Option<Vec<_>>>().map(|of| of.into_iter().unzip());
+    let before = match (balanced, &args.output) {
+        (Some((before, placements)), Some(output)) => {
+            file.placement = Placement::new(topology, placements)?;
+            file.meta.notes.push(format!(
+                "weights of the ranks: load cap {} when pruned by {} to {}",
+                args.balance.unwrap_or_default(),
+                args.rule.name(),
+                limit(budget)
+            ));
+            file.write(output)?;
+            Some(mean(&before))
+        }
+        _ => None,
+    };
     let ids = &profile.meta().layer_ids;
     if args.json {
         let layers_json: Vec<_> =
@@ -45,6 +76,8 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
             "keep_mass": if let Budget::Adaptive { share, .. } = budget { Some(share) } else { None },
             "max_error": if let Budget::Bounded { error, .. } = budget { Some(error) } else { None },
             "ranks_only": args.ranks_only,
+            "balance": args.balance,
+            "without_balance": before.map(|b| figures_json(serde_json::Value::Null, &b, topology)),
             "layers": layers_json,
             "mean": figures_json(serde_json::Value::Null, &mean(&layers), topology),
         }));
@@ -71,7 +104,26 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
             figure(layer.load_max_over_mean, 3),
         ]);
     }
-    let limit = match budget {
+    let written = match (&before, &args.output) {
+        (Some(before), Some(output)) => format!(
+            "\nWritten to {}, with weights of the ranks. Without them: load {}, retained mass {:.2} %\n",
+            output.display(),
+            figure(before.load_max_over_mean, 3),
+            100.0 * before.stats.retained_mass()
+        ),
+        _ => String::new(),
+    };
+    print(&format!(
+        "Pruned by {} to {}, {} ranks:\n\n{}{written}",
+        args.rule.name(),
+        limit(budget),
+        topology.num_ranks(),
+        table.render()
+    ))
+}
+
+fn limit(budget: Budget) -> String {
+    match budget {
         Budget::Adaptive { max_ranks, share } => {
             format!("the fewest ranks, at most {max_ranks}, that keep {share} of the routing mass")
         }
@@ -79,13 +131,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
             format!("the fewest ranks, at most {max_ranks}, that lose at most {error} of routing weight")
         }
         Budget::Fixed { max_ranks } => format!("at most {max_ranks} ranks per token"),
-    };
-    print(&format!(
-        "Pruned by {} to {limit}, {} ranks:\n\n{}",
-        args.rule.name(),
-        topology.num_ranks(),
-        table.render()
-    ))
+    }
 }
 
 fn mean(layers: &[PrunedLayer]) -> PrunedLayer {

@@ -39,13 +39,15 @@ pub(super) fn searched(first: &PlacementFile, ranks: &ExpertRanks) -> Result<Pla
     Ok(PlacementFile::new(meta, Placement::new(ranks.topology(), ranks.layers().to_vec())?)?)
 }
 
-/// Which rank holds which expert, in words: the same for the same tables.
+/// Which rank holds which expert and what the ranks weigh, in words: the same for the same tables.
 pub(super) fn identity(file: &PlacementFile) -> String {
     let (topology, layers) = (file.placement.topology(), file.placement.layers());
     let (ranks, nodes) = (topology.num_ranks(), topology.num_nodes());
     let tables: Vec<Vec<_>> =
         layers.iter().map(|l| (0..ranks).map(|r| l.experts_of(r as u16).to_vec()).collect()).collect();
-    let hash = hash_bytes(format!("{tables:?}").as_bytes());
+    let weights: Vec<&[f32]> = layers.iter().filter_map(|l| l.rank_weights()).collect();
+    let weights = if weights.is_empty() { String::new() } else { format!("{weights:?}") };
+    let hash = hash_bytes(format!("{tables:?}{weights}").as_bytes());
     format!("{hash:016x} ({ranks} ranks, {nodes} nodes)")
 }
 
@@ -94,6 +96,11 @@ pub(super) fn ranks(
         }
     };
     let placement = &file.placement;
+    if args.replace_placement.is_some() && placement.layers().iter().any(|l| l.rank_weights().is_some()) {
+        bail!(
+            "--replace-placement: the placement has weights of its ranks (`occult prune --balance`), another one would have none"
+        );
+    }
     let ranks = ExpertRanks::placed(comm, placement.topology(), placement.layers().to_vec(), rule)?;
     let promised = file.meta.figures.as_ref().and_then(|f| f.get("copies_per_token")?.as_f64());
     let budget = args.adaptive.budget(ranks.topology().num_ranks());

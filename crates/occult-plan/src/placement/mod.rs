@@ -17,7 +17,7 @@ use crate::{ExpertId, PlanError, Rank, Result, Topology};
 /// Experts of every rank, for one layer. An expert lives on at least one rank; on more than one where it is replicated.
 ///
 /// Local expert `i` of a rank is the `i`-th of its experts in ascending id order.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LayerPlacement {
     num_experts: usize,
     /// `[W + 1]` offsets into `experts`.
@@ -28,6 +28,8 @@ pub struct LayerPlacement {
     holder_offsets: Vec<u32>,
     /// Ranks of each expert, ascending.
     holders: Vec<Rank>,
+    /// `[W]`, or none: all 1.
+    rank_weights: Option<Vec<f32>>,
 }
 
 impl LayerPlacement {
@@ -71,7 +73,7 @@ impl LayerPlacement {
                 next[usize::from(e)] += 1;
             }
         }
-        Ok(Self { num_experts, rank_offsets, experts, holder_offsets, holders })
+        Ok(Self { num_experts, rank_offsets, experts, holder_offsets, holders, rank_weights: None })
     }
 
     /// From the rank of each expert, `[E]`: no replicas.
@@ -86,6 +88,26 @@ impl LayerPlacement {
             list.push(e as ExpertId);
         }
         Self::from_rank_experts(expert_ranks.len(), &ranks)
+    }
+
+    /// The same with `[W]` weights of the ranks: how much a token's routing mass on each counts when pruning chooses the
+    /// token's ranks ([`prune::balance`](crate::prune::balance) finds some that make their loads even). Nothing else looks at
+    /// them. Errors unless every rank has one, above 0 and finite.
+    pub fn with_rank_weights(self, weights: Vec<f32>) -> Result<Self> {
+        if weights.len() != self.num_ranks() {
+            let (expected, found) = (self.num_ranks(), weights.len());
+            return Err(PlanError::Shape { what: "weights of the ranks [W]", expected, found });
+        }
+        if let Some(rank) = weights.iter().position(|w| !(w.is_finite() && *w > 0.0)) {
+            let found = format!("{} of rank {rank}", weights[rank]);
+            return Err(PlanError::range("weights of the ranks", "above 0, finite", found));
+        }
+        Ok(Self { rank_weights: Some(weights), ..self })
+    }
+
+    /// What [`with_rank_weights`](Self::with_rank_weights) has set, `[W]`.
+    pub fn rank_weights(&self) -> Option<&[f32]> {
+        self.rank_weights.as_deref()
     }
 
     /// `E`.
@@ -127,7 +149,8 @@ impl LayerPlacement {
         for (new, &old) in order.iter().enumerate() {
             self.ranks_of(old).iter().for_each(|&rank| ranks[usize::from(rank)].push(new as ExpertId));
         }
-        Self::from_rank_experts(self.num_experts, &ranks)
+        let renumbered = Self::from_rank_experts(self.num_experts, &ranks)?;
+        Ok(Self { rank_weights: self.rank_weights.clone(), ..renumbered })
     }
 
     /// Number of physical slots (experts with replicas counted).
@@ -155,7 +178,7 @@ pub(crate) fn check_order(order: &[ExpertId], num_experts: usize) -> Result<()> 
 }
 
 /// A placement of all MoE layers of a model on one set of ranks.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Placement {
     topology: Topology,
     layers: Vec<LayerPlacement>,

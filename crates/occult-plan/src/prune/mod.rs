@@ -7,6 +7,9 @@
 //!    rank that holds it) until `K` are reachable. So a token always keeps `K` experts, if need be on more ranks.
 //! 4. `K` reachable experts are chosen by the rule, and get the model's own weights ([`RouterRule`]).
 //!
+//! Where ranks are chosen by probability, that on a rank counts as often as the placement says
+//! ([`LayerPlacement::with_rank_weights`]): so pruning can load the ranks evenly ([`balance`]).
+//!
 //! Scores are the router's logits for all experts, `[T, E]`. Ties of scores go to the lower expert id.
 //!
 //! Group-limited routers (DeepSeek-V2 and -V3 choose among the experts of `topk_groups` groups): pruning knows nothing of
@@ -14,6 +17,7 @@
 //! router wanted: [`check_limit`] refuses it. Where groups are spread over ranks, `router-score` can bring in an expert of a group that the
 //! router had masked; `similarity`, `best-mass` and `least-error` keep every reachable expert the router chose.
 
+mod balance;
 mod limit;
 mod rank_set;
 mod ranks_only;
@@ -26,6 +30,7 @@ use crate::{
     LayerPlacement, PlanError, Result, Routing, RoutingBuf, SimilarityTable, Topology,
     dispatch_plan::check_placement,
 };
+pub use balance::{Balanced, balance};
 pub use limit::{RoutingGroups, check_limit};
 pub use ranks_only::best_mass_ranks_only;
 pub use router_rule::{RouterRule, Scoring};
@@ -41,7 +46,8 @@ pub enum Rule<'a> {
     /// Allowed ranks as for [`Rule::RouterScore`]. Every reachable expert of the token is kept; the others, in descending
     /// score, are replaced each by the reachable expert most similar to it that is not chosen yet (ties: lower id).
     Similarity(&'a SimilarityTable),
-    /// Allowed is the set of ranks on which the token's experts have most probability; these experts are kept and the
+    /// Allowed is the set of ranks on which the token's experts have most probability (times the weights of the ranks, where
+    /// the placement has some); these experts are kept and the
     /// best scores of other reachable experts fill up. The set is exact without replicas; with replicas it is exact up to
     /// 2,000 possible sets, beyond that it is found greedily and has at least `1 - 1/e` of the best set's probability.
     BestMass,

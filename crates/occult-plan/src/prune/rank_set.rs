@@ -9,6 +9,8 @@ pub(super) const MAX_SUBSETS: usize = 2_000;
 #[derive(Debug, Clone)]
 pub(super) struct RankSet<'p> {
     placement: &'p LayerPlacement,
+    /// `[W]`: what mass on each rank counts for.
+    weights: Vec<f64>,
     contains: Vec<bool>,
     ranks: Vec<Rank>,
     search: Search,
@@ -25,8 +27,13 @@ struct Search {
 
 impl<'p> RankSet<'p> {
     pub(super) fn new(placement: &'p LayerPlacement) -> Self {
-        let contains = vec![false; placement.num_ranks()];
-        Self { placement, contains, ranks: Vec::new(), search: Search::default() }
+        let num_ranks = placement.num_ranks();
+        let weights = match placement.rank_weights() {
+            Some(weights) => weights.iter().map(|&w| f64::from(w)).collect(),
+            None => vec![1.0; num_ranks],
+        };
+        let (contains, ranks) = (vec![false; num_ranks], Vec::new());
+        Self { placement, weights, contains, ranks, search: Search::default() }
     }
 
     pub(super) fn clear(&mut self) {
@@ -53,6 +60,15 @@ impl<'p> RankSet<'p> {
         ids.iter().filter(|&&id| self.reaches(id)).map(|&id| p[usize::from(id)]).sum()
     }
 
+    /// The same with every expert's probability times the largest weight of its holders in the set.
+    fn weighted_mass(&self, ids: &[ExpertId], p: &[f64]) -> f64 {
+        let weight = |id: ExpertId| {
+            let held = self.placement.ranks_of(id).iter().map(|&rank| usize::from(rank));
+            held.filter(|&rank| self.contains[rank]).map(|rank| self.weights[rank]).fold(0.0, f64::max)
+        };
+        ids.iter().map(|&id| weight(id) * p[usize::from(id)]).sum()
+    }
+
     /// Ranks in the order in which the token's experts, `ids` by descending score, ask for them. A replicated expert asks
     /// for the holder with the most probability of experts that are not reachable yet (ties: the lower rank).
     pub(super) fn walk(&mut self, ids: &[ExpertId], p: &[f64], max_ranks: usize) {
@@ -69,7 +85,8 @@ impl<'p> RankSet<'p> {
         }
     }
 
-    /// At most `max_ranks` ranks on which the token's experts have the most mass, where `p` `[E]` is what each counts for.
+    /// At most `max_ranks` ranks on which the token's experts have the most mass, where `p` `[E]` is what each counts for,
+    /// times the weight of the rank.
     ///
     /// Without replicas the ranks' masses simply add up, so the heaviest ranks are the best, in any world. With replicas
     /// every subset is tried when there are at most [`MAX_SUBSETS`]; otherwise the rank that adds most is taken, again
@@ -105,7 +122,7 @@ impl<'p> RankSet<'p> {
             self.clear();
             path.iter().for_each(|&i| self.insert(candidates[i]));
             let reached = ids.iter().filter(|&&id| self.reaches(id)).count();
-            let mass = (self.mass(ids, p), reached);
+            let mass = (self.weighted_mass(ids, p), reached);
             if best_mass.is_none_or(|best| mass > best) {
                 best_mass = Some(mass);
                 best.clone_from(path);
@@ -121,7 +138,7 @@ impl<'p> RankSet<'p> {
         best.iter().for_each(|&i| self.insert(candidates[i]));
     }
 
-    /// The rank not in the set that makes the most probability reachable (ties: more experts, then the lower rank), or
+    /// The rank not in the set that makes the most probability, times its weight, reachable (ties: more experts, then the lower rank), or
     /// `None` when no rank adds an expert. `ranks` ascend.
     fn best_gain(&self, ranks: impl Iterator<Item = Rank>, ids: &[ExpertId], p: &[f64]) -> Option<Rank> {
         let mut best = None;
@@ -130,7 +147,7 @@ impl<'p> RankSet<'p> {
             let mut gain = (0.0, 0);
             for &id in ids {
                 if self.placement.ranks_of(id).contains(&rank) && !self.reaches(id) {
-                    gain.0 += p[usize::from(id)];
+                    gain.0 += self.weights[usize::from(rank)] * p[usize::from(id)];
                     gain.1 += 1;
                 }
             }

@@ -44,8 +44,13 @@ fn layer() -> impl Strategy<Value = (Case, RouterRule)> {
             0u32..4,
         );
         let tokens = prop::collection::vec(token, 0..8);
-        (placement(num_experts, num_ranks), tokens, router(num_experts)).prop_map(
-            move |(placement, tokens, router)| {
+        let rank_weights = prop::option::of(prop::collection::vec(0.1f32..=1.0, num_ranks));
+        (placement(num_experts, num_ranks), rank_weights, tokens, router(num_experts)).prop_map(
+            move |(placement, rank_weights, tokens, router)| {
+                let placement = match rank_weights {
+                    Some(weights) => placement.with_rank_weights(weights).unwrap(),
+                    None => placement,
+                };
                 let mut routing =
                     RoutingBuf { num_experts, top_k, weights: Some(vec![]), ..RoutingBuf::default() };
                 let (mut scores, mut occurrences) = (Vec::new(), Vec::new());
@@ -165,6 +170,9 @@ proptest! {
     #[test]
     fn best_mass_keeps_at_least_what_the_others_keep((case, router) in layer(), max_ranks in 1usize..4) {
         let budget = Budget::Fixed { max_ranks };
+        // By mass alone, whatever the ranks weigh.
+        let weights = vec![1.0; case.placement.num_ranks()];
+        let case = Case { placement: case.placement.clone().with_rank_weights(weights).unwrap(), ..case };
         let best = run(&case, Rule::BestMass, budget, &router).stats;
         let table = table(&case);
         // Router-score may drop a reachable expert of a token whose experts are not its top-k; similarity never does.
@@ -273,6 +281,54 @@ fn best_mass_prefers_two_good_experts_to_the_best_one() {
     assert!((pruned.stats.retained_mass() - expected).abs() < 1e-12);
     let expected = (p[1] + p[2] + p[3]) / (p[0] + p[1] + p[2]);
     assert!((pruned.stats.relative_mass() - expected).abs() < 1e-12);
+}
+
+/// Rank 0 holds what all tokens like best; a third of them like it hardly more than rank 1.
+#[test]
+fn balanced_pruning_moves_those_who_lose_least() {
+    let (num_tokens, e) = (90, 6);
+    let mut routing = RoutingBuf { num_experts: e, top_k: 2, ..RoutingBuf::default() };
+    let mut scores = Vec::new();
+    for token in 0..num_tokens {
+        // Experts 0 and 2 or 0 and 4, on ranks 0 and 1 or 0 and 2.
+        let (other, near) = (if token % 2 == 0 { 2 } else { 4 }, token % 3 == 0);
+        let mut row = vec![0.0f32; e];
+        (row[0], row[other]) = (3.0 + token as f32 / 1000.0, if near { 2.9 } else { 1.0 });
+        routing.expert_ids.extend([0, other as u16]);
+        scores.extend(row);
+    }
+    routing.scores = Some(scores);
+    let placement = LayerPlacement::from_rank_experts(e, &[[0, 1], [2, 3], [4, 5]]).unwrap();
+    let case = Case { routing, placement };
+    let (one, router) = (Budget::Fixed { max_ranks: 1 }, RouterRule::softmax(true));
+    let try_with = |rule, load_cap| {
+        prune::balance(&case.routing(), &case.placement, case.topology(), rule, one, &router, load_cap)
+    };
+    let plain = run(&case, Rule::BestMass, one, &router).stats;
+    // All on rank 0. At 2.1 the third that hardly minds moves, and nobody else.
+    let balanced = try_with(Rule::BestMass, 2.1).unwrap();
+    assert_eq!(balanced.load_max_over_mean, 2.0);
+    let moved = Case { placement: balanced.placement.clone(), ..case.clone() };
+    let pruned = run(&moved, Rule::BestMass, one, &router);
+    assert_eq!(pruned.stats, balanced.stats);
+    for (token, ids) in pruned.routing.expert_ids.chunks_exact(2).enumerate() {
+        let stays = if token % 3 == 0 { [2, 4].contains(&ids[0]) } else { ids[0] == 0 };
+        assert!(stays, "token {token}: {ids:?}");
+    }
+    assert!(balanced.stats.retained_mass() < plain.retained_mass());
+    // With a cap that is kept anyway nothing changes; one that cannot be kept is come as near to as can be.
+    assert_eq!(try_with(Rule::LeastError, 3.0).unwrap().stats, plain);
+    let even = try_with(Rule::BestMass, 1.0).unwrap();
+    assert!(even.load_max_over_mean <= 2.0, "{}", even.load_max_over_mean);
+    let messages = [(Rule::RouterScore, 1.1), (Rule::BestMass, 0.9), (Rule::BestMass, f64::NAN)];
+    let messages = messages.map(|(rule, cap)| try_with(rule, cap).unwrap_err().to_string());
+    assert_eq!(messages[0], "the rule that loads ranks evenly is another, expected best-mass or least-error");
+    assert_eq!(messages[1], "load cap (max/mean) is 0.9, expected a number from 1");
+    assert_eq!(messages[2], "load cap (max/mean) is NaN, expected a number from 1");
+    let weights = |weights: &[f32]| case.placement.clone().with_rank_weights(weights.to_vec());
+    assert!(weights(&[1.0]).unwrap_err().to_string().contains("expected 3 values, found 1"));
+    let error = weights(&[1.0, 0.0, 1.0]).unwrap_err().to_string();
+    assert_eq!(error, "weights of the ranks is 0 of rank 1, expected above 0, finite");
 }
 
 #[test]

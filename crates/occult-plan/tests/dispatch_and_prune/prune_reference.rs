@@ -45,6 +45,11 @@ impl Token<'_> {
         self.placement.ranks_of(id).iter().any(|r| ranks.contains(r))
     }
 
+    /// What probability on a rank counts for.
+    fn weight(&self, rank: u16) -> f64 {
+        self.placement.rank_weights().map_or(1.0, |weights| f64::from(weights[usize::from(rank)]))
+    }
+
     fn kept(&self, ranks: &Ranks) -> Vec<u16> {
         self.by_score(self.ids.iter().copied().filter(|&id| self.reachable(ranks, id)))
     }
@@ -74,7 +79,7 @@ impl Token<'_> {
                     let new = self.by_score(self.ids.iter().copied().filter(|&id| {
                         self.placement.ranks_of(id).contains(&rank) && !self.reachable(&ranks, id)
                     }));
-                    self.mass(new)
+                    self.weight(rank) * self.mass(new)
                 };
                 let mut holders = self.placement.ranks_of(id).to_vec();
                 holders.sort_by(|&a, &b| gain(b).partial_cmp(&gain(a)).unwrap().then(a.cmp(&b)));
@@ -84,11 +89,16 @@ impl Token<'_> {
         ranks
     }
 
-    /// The ranks that keep the largest sum of probabilities to this power. Only the sum of the result is defined where several
+    /// The ranks that keep the largest sum of probabilities to this power, each times the best weight of a rank that reaches it. Only the sum of the result is defined where several
     /// sets keep as much.
     fn heaviest(&self, max_ranks: usize, power: i32) -> Ranks {
+        let weight = |ranks: &Ranks, id| {
+            let reached = self.placement.ranks_of(id).iter().filter(|r| ranks.contains(r));
+            reached.map(|&rank| self.weight(rank)).fold(0.0, f64::max)
+        };
         let worth = |ranks: &Ranks| {
-            self.kept(ranks).into_iter().map(|id| self.probability(id).powi(power)).sum::<f64>()
+            let kept = self.kept(ranks).into_iter();
+            kept.map(|id| weight(ranks, id) * self.probability(id).powi(power)).sum::<f64>()
         };
         let mut best = Ranks::new();
         for ranks in self.subsets(max_ranks) {
