@@ -81,4 +81,15 @@ impl<'a> Block<'a> {
 impl Ahead {
     /// Asks for nothing.
     pub(super) const NOTHING: Self = Self { lines: [std::ptr::null(); LINES], count: 0, advance: 0 };
+
+    /// Asks for the line at `line` and those that follow it, too, where there is room.
+    pub(super) fn also(&mut self, line: *const u8) {
+        if self.count == 0 {
+            self.advance = LINE;
+        }
+        if self.count < LINES && self.advance == LINE {
+            self.lines[self.count] = line;
+            self.count += 1;
+        }
+    }
 }

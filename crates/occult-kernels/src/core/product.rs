@@ -159,14 +159,24 @@ impl Product<'_> {
                         // SAFETY: rows of C that exist, by the caller's promise.
                         let c_rows = unsafe { self.c_rows(tile_rows.clone()) };
                         let tile = tiles[tile_rows.len() - 1];
+                        let coming_rows = match i + 1 {
+                            next if next < num_row_panels => Some((row_panel(next), k0)),
+                            _ => Some((row_panel(0), k0 + k)).filter(|&(_, k0)| k0 < self.k),
+                        };
                         for (panel, b) in b_panels.chunks_exact(panel_len).take(num_panels).enumerate() {
                             let col = cols.start + panel * width;
                             let len = width.min(cols.end - col);
-                            let ahead = match &mut coming {
+                            let mut ahead = match &mut coming {
                                 Some(block) => block.next(k, num_tiles),
                                 None => Ahead::NOTHING,
                             };
                             num_tiles -= 1;
+                            if let Some((rows, k0)) = coming_rows.clone().filter(|_| !self.a.by_steps) {
+                                let share = |panel| rows.start + panel * rows.len() / num_panels;
+                                for row in share(panel)..share(panel + 1) {
+                                    ahead.also(self.a_row(row).wrapping_add(k0).cast());
+                                }
+                            }
                             // SAFETY: panels were packed for `k` steps just now; C as the caller promises, and the
                             // tile kernel's instructions are there because `isa` is.
                             unsafe {
@@ -197,6 +207,11 @@ impl Product<'_> {
     unsafe fn c_rows(&self, rows: Range<usize>) -> [*mut f32; MAX_TILE_ROWS] {
         // SAFETY: the caller's promise.
         std::array::from_fn(|i| unsafe { self.c_row((rows.start + i).min(rows.end - 1)) })
+    }
+
+    /// Where row `row` of A begins, if A is stored by rows.
+    fn a_row(&self, row: usize) -> *const f32 {
+        self.a.data.get().wrapping_add(at(self.a.idx, row) * self.a.stride)
     }
 
     unsafe fn pack_a(&self, rows: Range<usize>, k0: usize, k: usize, to: *mut f32) {
