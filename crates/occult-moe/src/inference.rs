@@ -10,7 +10,7 @@ use crate::error::{MoeError, Result, check_len};
 use crate::exchange::{Counts, DispatchHandle, DispatchInFlight};
 use crate::layer::{Decision, ExpertParallelLayer, Meanwhile};
 use crate::ops::expanded_weights;
-use crate::overlap::{Pass, chunk};
+use crate::overlap::Pass;
 use crate::room;
 use crate::timers::Phase;
 
@@ -68,8 +68,8 @@ impl ExpertParallelLayer {
                 let bounds = self.bounds(step);
                 dispatches.push(exchanger.start_dispatch_bounded(rows, bounds, x, weights, d)?);
             } else {
-                let n = self.num_chunks(tokens, d, dims.intermediate, step, Pass::Inference)?;
-                let parts: Vec<Range<usize>> = (0..n).map(|i| chunk(tokens, i, n)).collect();
+                let cut = self.cut(tokens, d, dims.intermediate, step, Pass::Inference)?;
+                let parts: Vec<Range<usize>> = cut.ranges(tokens).collect();
                 let exchanger = &self.exchanger;
                 let rows: Vec<_> = self.timers.time(Phase::Plan, || {
                     parts.iter().map(|part| exchanger.rows(&plan, part.clone())).collect()

@@ -29,13 +29,13 @@ use candle_core::{DType, Tensor};
 use occult_comm::{CommError, Communicator};
 use occult_kernels::ops::GradSink;
 use occult_kernels::{SparseRows, Threads};
-use occult_plan::cost::LayerShape;
+use occult_plan::cost::{Cut, LayerShape};
 use occult_plan::{DispatchPlan, ExpertRows, LayerPlacement, PruneStats, RoutingBuf, prune};
 
 use crate::config::{LayerOptions, Overlap, Step};
 use crate::error::{MoeError, Result, check_len};
 use crate::exchange::{DispatchHandle, Exchanger};
-use crate::overlap::{Pass, chunk, chunk_count};
+use crate::overlap::{self, Pass};
 use crate::router::{RouterSpec, routing_weights};
 use crate::tensor::with_f32;
 use crate::timers::{Phase, PhaseSeconds, Timers};
@@ -195,8 +195,8 @@ impl ExpertParallelLayer {
             self.check_experts(experts, d)?;
             let (x, weights) = (x.contiguous()?, weights.contiguous()?);
             let plan = self.timers.time(Phase::Plan, || self.plan(routing))?;
-            let num_chunks = self.num_chunks(tokens, d, experts.w_down.dims()[2], step, Pass::Training)?;
-            let parts: Vec<Range<usize>> = (0..num_chunks).map(|i| chunk(tokens, i, num_chunks)).collect();
+            let cut = self.cut(tokens, d, experts.w_down.dims()[2], step, Pass::Training)?;
+            let parts: Vec<Range<usize>> = cut.ranges(tokens).collect();
             let rows: Vec<_> = self.timers.time(Phase::Plan, || {
                 parts.iter().map(|part| self.exchanger.rows(&plan, part.clone())).collect()
             });
@@ -204,7 +204,7 @@ impl ExpertParallelLayer {
 
             // Every dispatch is started before anything is computed, every combine as soon as its rows are there.
             let k = routing.top_k;
-            let mut dispatches = Vec::with_capacity(num_chunks);
+            let mut dispatches = Vec::with_capacity(parts.len());
             for ((part, rows), counts) in parts.iter().zip(rows).zip(counts) {
                 let started = with_f32(&x, |x| {
                     with_f32(&weights, |w| {
@@ -246,17 +246,10 @@ impl ExpertParallelLayer {
 
     /// Parts of a step of `tokens` tokens here, `d` wide, experts of intermediate size `f`: the same on every rank.
     /// Collective where `step` is missing and [`Overlap::Auto`] is chosen.
-    pub fn num_chunks(
-        &self,
-        tokens: usize,
-        d: usize,
-        f: usize,
-        step: Option<&Step>,
-        pass: Pass,
-    ) -> Result<usize> {
+    pub fn cut(&self, tokens: usize, d: usize, f: usize, step: Option<&Step>, pass: Pass) -> Result<Cut> {
         let cluster = match &self.options.overlap {
-            Overlap::Off => return Ok(1),
-            Overlap::Chunks(n) => return Ok((*n).max(1)),
+            Overlap::Off => return Ok(Cut::WHOLE),
+            Overlap::Chunks(n) => return Ok(Cut::even(*n)),
             Overlap::Auto(cluster) => cluster,
         };
         let asked;
@@ -270,7 +263,7 @@ impl ExpertParallelLayer {
         let shape = LayerShape::gated(d, f, 4.0);
         // The slowest rank sets the pace: as if all had as many tokens as the one that has most.
         let all = step.max_tokens() * self.comm.world_size();
-        Ok(chunk_count(cluster, &shape, &self.placement, &self.options, self.router.top_k, all, pass))
+        Ok(overlap::cut(cluster, &shape, &self.placement, &self.options, self.router.top_k, all, pass))
     }
 
     fn check_experts(&self, experts: ExpertTensors<'_>, d: usize) -> Result<()> {

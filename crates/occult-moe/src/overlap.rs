@@ -1,8 +1,6 @@
-//! Into how many parts a step is cut so that exchange and compute run side by side.
+//! Into which parts a step is cut so that exchange and compute run side by side.
 
-use std::ops::Range;
-
-use occult_plan::cost::{Cluster, LayerShape, LinkEnd, PassWork, best_parts};
+use occult_plan::cost::{Cluster, Cut, LayerShape, LinkEnd, PassWork, best_cut};
 use occult_plan::traffic::{ID_BYTES, WEIGHT_BYTES, copy_bounds, uniform_copies};
 use occult_plan::{LayerPlacement, Rank};
 
@@ -17,11 +15,11 @@ pub enum Pass {
     Training,
 }
 
-/// The number of parts with the least predicted time, from what every rank knows, so that all ranks find the same: the
+/// The parts with the least predicted time, from what every rank knows, so that all ranks find the same: the
 /// schedule of [`PassWork`] on the links of the cluster, for the rows that this layer's mode, placement and pruning send.
 /// `tokens`: of all ranks. Load is taken as even. On two levels one part: rows that came to a node wait for a rank that
 /// computes to pass them on, which costs more than overlap gains.
-pub fn chunk_count(
+pub fn cut(
     cluster: &Cluster,
     shape: &LayerShape,
     placement: &LayerPlacement,
@@ -29,13 +27,13 @@ pub fn chunk_count(
     top_k: usize,
     tokens: usize,
     pass: Pass,
-) -> usize {
+) -> Cut {
     let ranks = options.topology.num_ranks();
     if tokens == 0 || ranks == 1 || options.has_two_levels() || cluster.check().is_err() {
-        return 1;
+        return Cut::WHOLE;
     }
     let passes = passes(cluster, shape, placement, options, top_k, tokens);
-    best_parts(if pass == Pass::Inference { &passes[..1] } else { &passes }, tokens)
+    best_cut(if pass == Pass::Inference { &passes[..1] } else { &passes }, tokens)
 }
 
 /// Ranks of a token: as measured where that is known, otherwise of uniform routing; no more than pruning leaves.
@@ -95,11 +93,6 @@ fn passes(
     [forward, backward]
 }
 
-/// Tokens of part `i` of `n`: sizes differ by at most one.
-pub(crate) fn chunk(tokens: usize, i: usize, n: usize) -> Range<usize> {
-    i * tokens / n..(i + 1) * tokens / n
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,7 +118,7 @@ mod tests {
         let shape = LayerShape::gated(512, 512, 4.0);
         let options = LayerOptions::new(Topology::flat(4).unwrap());
         let of = |options: &LayerOptions, cluster: &Cluster, tokens, pass| {
-            chunk_count(cluster, &shape, &placement, options, 4, tokens, pass)
+            cut(cluster, &shape, &placement, options, 4, tokens, pass).parts()
         };
         let count = |cluster: &Cluster, tokens| of(&options, cluster, tokens, Pass::Inference);
         assert_eq!(count(&cluster(1e-4, 1e12), 0), 1);
@@ -174,17 +167,9 @@ mod tests {
             };
             let mut cluster = cluster(1e-6, 1e12);
             cluster.compute.memory_bandwidth_bytes_per_s = 3e10;
-            chunk_count(&cluster, &shape, &placement, &options, 4, 4096, Pass::Inference)
+            cut(&cluster, &shape, &placement, &options, 4, 4096, Pass::Inference).parts()
         };
         let (even, uneven) = (count([16; 4]), count([4, 4, 4, 52]));
         assert!(uneven < even, "{uneven} {even}");
-    }
-
-    #[test]
-    fn parts_cover_the_tokens() {
-        for (tokens, n) in [(0, 3), (1, 4), (10, 3), (7, 7)] {
-            let all: Vec<usize> = (0..n).flat_map(|i| chunk(tokens, i, n)).collect();
-            assert_eq!(all, (0..tokens).collect::<Vec<_>>());
-        }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use occult_moe::exchange::{Exchanger, Rows};
 use occult_moe::{LayerOptions, Mode, Overlap, Timers};
-use occult_plan::cost::{Cluster, Link};
+use occult_plan::cost::{Cluster, Cut, Link};
 use occult_plan::{DispatchPlan, Routing, RoutingBuf};
 use serde_json::{Value, json};
 
@@ -142,7 +142,7 @@ fn measure(setting: &Setting, args: &ShapeArgs, sizes: &[usize]) -> Result<Outco
     let logits = &setting.routing.logits;
     let subjects =
         args.modes.iter().map(|&mode| Subject::new(setting, mode, logits)).collect::<Result<Vec<_>>>()?;
-    let parts = Parts { forward: 1, both: 1 };
+    let parts = Parts { forward: Cut::WHOLE, both: Cut::WHOLE };
     let how = |&mode| How { mode, overlap: OverlapArg::Off, parts };
     let modes: Vec<_> = args.modes.iter().map(how).collect();
     let lanes = rounds(setting, &modes, args, false, |i, _| subjects[i].step(setting, &x))?;

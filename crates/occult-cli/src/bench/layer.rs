@@ -4,6 +4,7 @@ use anyhow::Result;
 use occult_kernels::Threads;
 use occult_kernels::smm::ExpertDims;
 use occult_moe::ExpertParallelLayer;
+use occult_plan::cost::Cut;
 
 use super::args::{BenchLayerArgs, RunArgs, ShapeArgs};
 use super::experts::Experts;
@@ -59,10 +60,10 @@ pub(crate) fn layers(
         let layer = setting.layer(mode, options, threads)?;
         let tokens = setting.step.tokens()[setting.comm.rank()];
         let (d, f, step) = (setting.hidden, setting.ffn, Some(&setting.step));
-        let both = layer.num_chunks(tokens, d, f, step, occult_moe::Pass::Training)?;
+        let both = layer.cut(tokens, d, f, step, occult_moe::Pass::Training)?;
         let forward = match predict::is_small(setting, layer.options()) {
-            true => 1,
-            false => layer.num_chunks(tokens, d, f, step, occult_moe::Pass::Inference)?,
+            true => Cut::WHOLE,
+            false => layer.cut(tokens, d, f, step, occult_moe::Pass::Inference)?,
         };
         Ok((layer, How { mode, overlap, parts: Parts { forward, both } }))
     });

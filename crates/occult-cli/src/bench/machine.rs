@@ -6,7 +6,7 @@ use anyhow::Result;
 use occult_comm::{Buffer, Expect};
 use occult_kernels::{Threads, peak};
 use occult_moe::Overlap;
-use occult_plan::cost::{Cluster, Compute, InterLink, Link, LinkEnd};
+use occult_plan::cost::{Cluster, Compute, Cut, InterLink, Link, LinkEnd};
 use occult_plan::{LayerPlacement, Rank, RoutingBuf};
 
 use super::args::ModeName;
@@ -156,9 +156,9 @@ pub(crate) fn machine(
         }
     }
     let routing = layers[0].decide(logits)?.routing;
-    let load = |parts| Load::of(setting, layers[0].placement(), &routing, parts);
+    let load = |cut| Load::of(setting, layers[0].placement(), &routing, cut);
     let small = predict::is_small(setting, layers[0].options());
-    let (whole, cut) = (load(1), load(PARTS));
+    let (whole, cut) = (load(Cut::WHOLE), load(Cut::even(PARTS)));
     let wire = predict::wire_of(setting, layers[0].placement(), layers[0].options(), &cluster, &routing)?;
     let rates = |pass: usize, cut: &Load, wire: f64| -> Result<Rates> {
         let [one, many] = [gather(setting, &steps[0][pass])?, gather(setting, &steps[1][pass])?];
@@ -191,23 +191,16 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Of the routing of all ranks' tokens, each rank's cut into so many parts.
-    pub(crate) fn of(
-        setting: &Setting,
-        placement: &LayerPlacement,
-        routing: &RoutingBuf,
-        parts: usize,
-    ) -> Self {
+    /// Of the routing of all ranks' tokens, each rank's cut into parts.
+    pub(crate) fn of(setting: &Setting, placement: &LayerPlacement, routing: &RoutingBuf, cut: Cut) -> Self {
         let (world, k) = (setting.world(), routing.top_k);
         let mut part_of_token = Vec::with_capacity(routing.num_tokens());
         for &tokens in setting.step.tokens() {
-            for part in 0..parts {
-                // As the layer cuts them.
-                let len = (part + 1) * tokens / parts - part * tokens / parts;
-                part_of_token.extend(std::iter::repeat_n(part, len));
+            for (part, range) in cut.ranges(tokens).enumerate() {
+                part_of_token.extend(std::iter::repeat_n(part, range.len()));
             }
         }
-        let mut seen = vec![false; parts * routing.num_experts];
+        let mut seen = vec![false; cut.parts() * routing.num_experts];
         let mut load = Self { pairs: vec![0.0; world], experts: vec![0.0; world], copies: 0.0 };
         for (ids, part) in routing.expert_ids.chunks_exact(k).zip(part_of_token) {
             let mut ranks = Vec::with_capacity(k);

@@ -4,7 +4,7 @@ use anyhow::Result;
 use occult_moe::predict::{RankBytes, count_bytes, predict_bytes};
 use occult_moe::{ExpertParallelLayer, LayerOptions, Mode, TwoLevel};
 use occult_plan::cost::{
-    Cluster, Exchange, ExchangeTime, LayerShape, PassTime, PassWork, StepTime, Timeline, predict,
+    Cluster, Cut, Exchange, ExchangeTime, LayerShape, PassTime, PassWork, StepTime, Timeline, predict,
 };
 use occult_plan::{HomeRanks, LayerPlacement, LayerTraffic, Routing, RoutingBuf};
 
@@ -69,8 +69,8 @@ impl Predicted {
 /// Parts that a step of a layer is cut into.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Parts {
-    pub(crate) forward: usize,
-    pub(crate) both: usize,
+    pub(crate) forward: Cut,
+    pub(crate) both: Cut,
 }
 
 /// Predicts a mode.
@@ -87,14 +87,14 @@ pub(crate) fn mode(
     let inference = if small { &straight } else { options };
     let placement = layer.placement();
     let bytes = WireBytes {
-        forward: forward_bytes(setting, placement, inference, &routing, parts.forward)?,
-        both: all_bytes(setting, placement, options, &routing, parts.both)?,
+        forward: forward_bytes(setting, placement, inference, &routing, parts.forward.parts())?,
+        both: all_bytes(setting, placement, options, &routing, parts.both.parts())?,
     };
     let of_wire = wire_of(setting, placement, inference, &machine.cluster, &routing)?;
     let summary = of_wire.traffic.summary();
     let world = setting.world() as f64;
     let pairs = routing.expert_ids.len() as f64 / world;
-    let load = |parts| Load::of(setting, placement, &routing, parts);
+    let load = |cut| Load::of(setting, placement, &routing, cut);
     // Unless a part's messages carry their counts, a round of counts precedes.
     let counts = if small { 0.0 } else { latency(&machine.cluster) };
     let [forward_wire, backward_wire] = [&of_wire.step.forward, &of_wire.step.backward];
@@ -155,11 +155,10 @@ impl Work {
 }
 
 impl Seconds {
-    fn of(passes: &[PassWork], parts: usize, plan: f64) -> Self {
-        let timeline =
-            passes.iter().map(|p| p.timeline(parts)).fold(Timeline::default(), |sum, one| sum + one);
+    fn of(passes: &[PassWork], cut: Cut, plan: f64) -> Self {
+        let timeline = passes.iter().map(|p| p.timeline(cut)).fold(Timeline::default(), |sum, one| sum + one);
         let sum = |of: fn(&PassWork) -> f64| passes.iter().map(of).sum::<f64>();
-        let n = parts.max(1) as f64;
+        let n = cut.parts() as f64;
         Self {
             total: timeline.total_s,
             plan,

@@ -1,6 +1,7 @@
 //! What rank 0 tells: for people, and as JSON.
 
 use anyhow::{Result, bail};
+use occult_plan::cost::Cut;
 use serde_json::{Value, json};
 
 use super::args::{RunArgs, ShapeArgs};
@@ -186,7 +187,7 @@ impl Measured {
         if with_overlap { format!("{mode}, overlap {overlap}") } else { mode.to_owned() }
     }
 
-    fn pass(&self, backward: bool) -> Option<(&PassSeconds, &Seconds, u64, usize)> {
+    fn pass(&self, backward: bool) -> Option<(&PassSeconds, &Seconds, u64, Cut)> {
         Some(match backward {
             false => (
                 &self.lane.forward,
@@ -235,13 +236,14 @@ impl Measured {
 
 /// Mean over ranks of where the time went (the exposed wire is time spent waiting for rows or for slower ranks), and the
 /// cost model's.
-pub(crate) fn pass_json(pass: &PassSeconds, predicted: &Seconds, parts: usize) -> Value {
+pub(crate) fn pass_json(pass: &PassSeconds, predicted: &Seconds, cut: Cut) -> Value {
     let p = &pass.phases;
     json!({
         "seconds": pass.seconds,
         "least_seconds": pass.least(),
         "predicted_seconds": predicted.total,
-        "parts": parts,
+        "parts": cut.parts(),
+        "inner_parts_times_as_large": cut.inner(),
         "compute_seconds": p.compute,
         "weight_gradient_seconds": p.weights,
         "exposed_wire_seconds": p.wire,

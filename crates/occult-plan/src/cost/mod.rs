@@ -28,7 +28,7 @@
 //! contention of switches, kernel launches. It says which placement is faster and by about how much, not what a clock will show.
 //!
 //! With overlap a pass is a schedule on two resources, wire and cores, instead of a sum: [`PassWork::timeline`], from which the
-//! number of parts is chosen, too ([`best_parts`]).
+//! parts are chosen, too ([`best_cut`]).
 //!
 //! A step of another size than the measured tokens scales rows and flops; the experts that get a token are then those a
 //! sample of that many independent tokens would touch on average, `1 - (1 - share)^tokens` for each.
@@ -43,7 +43,7 @@ pub use cluster::{Cluster, Compute, InterLink, Link, LinkEnd};
 pub use exchange::{Exchange, ExchangeStep, ExchangeTime};
 pub use explain::explain;
 pub use predict::{ComputeTime, LayerShape, PassTime, StepTime, predict};
-pub use schedule::{MAX_PARTS, PassWork, Timeline, best_parts};
+pub use schedule::{Cut, MAX_PARTS, PassWork, Timeline, best_cut};
 
 #[cfg(test)]
 mod tests;

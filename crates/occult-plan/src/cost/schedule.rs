@@ -1,7 +1,77 @@
 //! A pass cut into parts, on one rank's wire and its cores.
 
+use std::fmt;
+use std::ops::Range;
+
 /// More parts gain nothing that is worth the messages.
 pub const MAX_PARTS: usize = 16;
+/// How much larger inner parts may be. More left hardly anything at the ends to hide.
+const MAX_INNER: usize = 3;
+
+/// How a rank's tokens are cut into consecutive parts. Nothing can be computed before the first part is there, and nothing is
+/// left to compute when the last one goes back: smaller ones at the ends expose less wire, where compute hides the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// At least 1.
+    parts: usize,
+    /// How many times as large as the first and the last part each part between them is, at least 1.
+    inner: usize,
+}
+
+impl Cut {
+    /// All tokens at once.
+    pub const WHOLE: Self = Self { parts: 1, inner: 1 };
+
+    /// Parts whose sizes differ by at most one token.
+    pub fn even(parts: usize) -> Self {
+        Self { parts: parts.max(1), inner: 1 }
+    }
+
+    /// The same parts with inner ones so many times as large as those at the ends.
+    pub fn with_inner(self, inner: usize) -> Self {
+        Self { inner: inner.max(1), ..self }
+    }
+
+    /// Number of parts.
+    pub fn parts(self) -> usize {
+        self.parts
+    }
+
+    /// See [`with_inner`](Self::with_inner).
+    pub fn inner(self) -> usize {
+        self.inner
+    }
+
+    /// Tokens of each part, in order. Parts of one size differ by at most one token.
+    pub fn ranges(self, tokens: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
+        let all = self.units(self.parts);
+        (0..self.parts).map(move |i| self.units(i) * tokens / all..self.units(i + 1) * tokens / all)
+    }
+
+    /// Size of the first `i` parts, the part at either end being 1.
+    fn units(self, i: usize) -> usize {
+        match self.parts {
+            0..3 => i,
+            parts => i.min(1) + i.saturating_sub(1).min(parts - 2) * self.inner + usize::from(i == parts),
+        }
+    }
+
+    /// Share of the tokens of each part.
+    fn shares(self) -> impl ExactSizeIterator<Item = f64> {
+        let all = self.units(self.parts) as f64;
+        (0..self.parts).map(move |i| (self.units(i + 1) - self.units(i)) as f64 / all)
+    }
+}
+
+/// `3`, or `3 (inner x2)`.
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.inner {
+            1 => write!(f, "{}", self.parts),
+            inner => write!(f, "{} (inner x{inner})", self.parts),
+        }
+    }
+}
 
 /// What a pass of one layer asks of a rank. Seconds of all parts together, unless it says otherwise.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -46,34 +116,33 @@ impl std::ops::Add for Timeline {
 }
 
 impl PassWork {
-    /// The pass in `parts` parts: all of them are packed and handed to the wire; then part after part is waited for, unpacked,
+    /// The pass in parts: all of them are packed and handed to the wire; then part after part is waited for, unpacked,
     /// computed and handed to the wire back; then what waits for nobody is computed; then the parts are waited for and
     /// added up. The wire carries one message at a time, in the order in which it got them.
-    pub fn timeline(&self, parts: usize) -> Timeline {
-        let n = parts.max(1) as f64;
-        let step = self.move_s / 4.0 / n;
+    pub fn timeline(&self, cut: Cut) -> Timeline {
+        let step = self.move_s / 4.0;
         if self.shared {
+            let n = cut.parts as f64;
             let wire = self.out_s + self.back_s + 2.0 * n * self.latency_s;
             let rest = self.before_s + self.move_s + self.compute_s + n * self.part_s + self.after_s;
             return Timeline { total_s: rest + wire, exposed_s: wire };
         }
         let mut rank = Rank { now: self.before_s, ..Rank::default() };
-        let arrivals: Vec<f64> = (0..parts.max(1))
-            .map(|_| {
-                rank.now += step;
-                rank.send(self.out_s / n + self.latency_s)
-            })
-            .collect();
+        let mut arrivals = Vec::with_capacity(cut.parts);
+        for share in cut.shares() {
+            rank.now += share * step;
+            arrivals.push(rank.send(share * self.out_s + self.latency_s));
+        }
         let mut returns = Vec::with_capacity(arrivals.len());
-        for arrival in arrivals {
+        for (share, arrival) in cut.shares().zip(arrivals) {
             rank.wait_for(arrival);
-            rank.now += step + self.compute_s / n + self.part_s + step;
-            returns.push(rank.send(self.back_s / n + self.latency_s));
+            rank.now += share * (2.0 * step + self.compute_s) + self.part_s;
+            returns.push(rank.send(share * self.back_s + self.latency_s));
         }
         rank.now += self.after_s;
-        for back in returns {
+        for (share, back) in cut.shares().zip(returns) {
             rank.wait_for(back);
-            rank.now += step;
+            rank.now += share * step;
         }
         Timeline { total_s: rank.now, exposed_s: rank.exposed }
     }
@@ -99,16 +168,19 @@ impl Rank {
     }
 }
 
-/// The number of parts, at most `most` and [`MAX_PARTS`], in which the passes together take the least time; the fewest
-/// among equals.
-pub fn best_parts(passes: &[PassWork], most: usize) -> usize {
-    let total = |parts: usize| passes.iter().map(|pass| pass.timeline(parts).total_s).sum::<f64>();
-    let mut best = (1, total(1));
+/// The cut into at most `most` and [`MAX_PARTS`] parts with which the passes together take the least time; among equals the
+/// one with the fewest and most even parts.
+pub fn best_cut(passes: &[PassWork], most: usize) -> Cut {
+    let total = |cut: Cut| passes.iter().map(|pass| pass.timeline(cut).total_s).sum::<f64>();
+    let mut best = (Cut::WHOLE, total(Cut::WHOLE));
     for parts in 2..=most.min(MAX_PARTS) {
-        let seconds = total(parts);
-        // What rounding alone makes less is not less.
-        if seconds < best.1 * (1.0 - 1e-9) {
-            best = (parts, seconds);
+        for inner in 1..=if parts > 2 { MAX_INNER } else { 1 } {
+            let cut = Cut::even(parts).with_inner(inner);
+            let seconds = total(cut);
+            // What rounding alone makes less is not less.
+            if seconds < best.1 * (1.0 - 1e-9) {
+                best = (cut, seconds);
+            }
         }
     }
     best.0
@@ -136,7 +208,7 @@ mod tests {
 
     #[test]
     fn one_part_is_one_thing_after_the_other() {
-        let one = WORK.timeline(1);
+        let one = WORK.timeline(Cut::WHOLE);
         // The way back (4.5) hides behind what comes after (3.0).
         assert!(close(one.total_s, 1.0 + 0.5 + 8.5 + 1.0 + 17.0 + 4.5 + 0.5), "{one:?}");
         assert!(close(one.exposed_s, 8.5 + 1.5), "{one:?}");
@@ -144,7 +216,7 @@ mod tests {
 
     #[test]
     fn two_parts_by_hand() {
-        let two = WORK.timeline(2);
+        let two = WORK.timeline(Cut::even(2));
         // Packed at 1.25 and 1.5; the wire brings them at 5.75 and 10.25. Part 1: 5.75 + 0.25 + 8 + 1 + 0.25 = 15.25, back
         // 17.75; part 2: 15.25 + 9.5 = 24.75, back 27.25. After: 27.75, both back; added up 28.25.
         assert!(close(two.total_s, 28.25), "{two:?}");
@@ -154,17 +226,17 @@ mod tests {
     #[test]
     fn the_wire_carries_one_message_at_a_time() {
         let work = PassWork { out_s: 40.0, back_s: 40.0, compute_s: 1.0, ..PassWork::default() };
-        let n = work.timeline(4);
+        let n = work.timeline(Cut::even(4));
         // Never idle: the first part is on its way back behind the last one that comes.
         assert!(close(n.total_s, 80.0), "{n:?}");
-        assert!(close(work.timeline(1).total_s, 81.0));
+        assert!(close(work.timeline(Cut::WHOLE).total_s, 81.0));
     }
 
     #[test]
     fn shared_cores_hide_nothing() {
         let work = PassWork { shared: true, ..WORK };
-        assert!(close(work.timeline(3).total_s, 1.0 + 2.0 + 16.0 + 3.0 + 3.0 + 12.0 + 3.0));
-        assert_eq!(best_parts(&[work], 9), 1);
+        assert!(close(work.timeline(Cut::even(3)).total_s, 1.0 + 2.0 + 16.0 + 3.0 + 3.0 + 12.0 + 3.0));
+        assert_eq!(best_cut(&[work], 9), Cut::WHOLE);
     }
 
     #[test]
@@ -172,7 +244,7 @@ mod tests {
         for parts in 1..=MAX_PARTS {
             for compute_s in [0.0, 1.0, 12.0, 100.0] {
                 let work = PassWork { compute_s, ..WORK };
-                let (t, n) = (work.timeline(parts), parts as f64);
+                let (t, n) = (work.timeline(Cut::even(parts)), parts as f64);
                 let wire = 12.0 + n;
                 let cores = 1.0 + 2.0 + compute_s + n + 3.0;
                 assert!(t.total_s >= wire.max(cores) - 1e-9 && t.total_s <= wire + cores + 1e-9, "{t:?}");
@@ -183,12 +255,50 @@ mod tests {
 
     #[test]
     fn parts_are_as_many_as_pay() {
-        let work = |latency_s, part_s| PassWork { latency_s, part_s, ..WORK };
-        assert_eq!(best_parts(&[work(0.0, 0.0)], 100), MAX_PARTS);
-        assert_eq!(best_parts(&[work(0.0, 0.0)], 3), 3);
-        assert_eq!(best_parts(&[work(100.0, 0.0)], 100), 1);
-        let some = best_parts(&[work(0.1, 0.3)], 100);
+        let best =
+            |latency_s, part_s, most| best_cut(&[PassWork { latency_s, part_s, ..WORK }], most).parts();
+        assert_eq!(best(0.0, 0.0, 100), MAX_PARTS);
+        assert_eq!(best(0.0, 0.0, 3), 3);
+        assert_eq!(best(100.0, 0.0, 100), 1);
+        let some = best(0.1, 0.3, 100);
         assert!(1 < some && some < MAX_PARTS, "{some}");
-        assert_eq!(best_parts(&[], 4), 1);
+        assert_eq!(best_cut(&[], 4), Cut::WHOLE);
+    }
+
+    #[test]
+    fn three_uneven_parts_by_hand() {
+        // Shares 1/4, 1/2, 1/4. Packed at 1.125, 1.375, 1.5; the wire brings them at 3.625, 8.125, 10.625. Part 1: 3.625 +
+        // 0.25 + 4 + 1 = 8.875, back 10.375; part 2: 8.875 + 0.5 + 8 + 1 = 18.375, back 20.875; part 3: 18.375 + 5.25 =
+        // 23.625, back 25.125. After: 26.625, all back; added up 27.125.
+        let three = WORK.timeline(Cut::even(3).with_inner(2));
+        assert!(close(three.total_s, 27.125), "{three:?}");
+        assert!(close(three.exposed_s, 3.625 - 1.5), "{three:?}");
+    }
+
+    #[test]
+    fn ends_are_small_where_compute_hides_the_rest() {
+        let slow = PassWork { compute_s: 40.0, latency_s: 0.0, ..WORK };
+        assert_eq!(best_cut(&[slow], 3), Cut::even(3).with_inner(3));
+        // Where the wire is never idle, uneven parts gain nothing.
+        let wire =
+            PassWork { compute_s: 1.0, part_s: 0.0, latency_s: 0.0, out_s: 40.0, back_s: 40.0, ..WORK };
+        assert_eq!(best_cut(&[wire], 3).inner(), 1);
+    }
+
+    #[test]
+    fn ranges_cover_the_tokens() {
+        for (tokens, parts, inner) in [(0, 3, 1), (1, 4, 2), (10, 3, 1), (7, 7, 3), (100, 5, 3), (9, 2, 3)] {
+            let cut = Cut::even(parts).with_inner(inner);
+            let ranges: Vec<_> = cut.ranges(tokens).collect();
+            assert_eq!(ranges.len(), parts);
+            assert_eq!(ranges.iter().cloned().flatten().collect::<Vec<_>>(), (0..tokens).collect::<Vec<_>>());
+            assert!(close(cut.shares().sum(), 1.0));
+            for (range, share) in ranges.iter().zip(cut.shares()) {
+                assert!((range.len() as f64 - share * tokens as f64).abs() < 1.0, "{ranges:?}");
+            }
+        }
+        let sizes = |cut: Cut| cut.ranges(80).map(|r| r.len()).collect::<Vec<_>>();
+        assert_eq!(sizes(Cut::even(4).with_inner(3)), [10, 30, 30, 10]);
+        assert_eq!(sizes(Cut::even(2).with_inner(3)), [40, 40]);
     }
 }
