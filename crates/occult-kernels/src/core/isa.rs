@@ -10,6 +10,7 @@ use super::dot::{self, Dot};
 use super::pack::{self, Panel};
 use super::tile::tile;
 use super::{A_STRIDE, MAX_TILE_ROWS};
+use crate::Matrix;
 use crate::simd::{Scalar, Simd};
 
 /// Vector instructions the kernels are compiled for.
@@ -85,9 +86,18 @@ pub(crate) struct Isa {
     pub(crate) read_loop: unsafe fn(usize, *const f32) -> f32,
     /// Lanes of a vector.
     pub(crate) lanes: usize,
+    /// See [`Isa::is_few`]: for weights of four bytes and of two.
+    few_rows: [usize; 2],
 }
 
 impl Isa {
+    /// Whether a product of so many rows with a transposed weight reads the weight as it is stored instead of packing it:
+    /// packing costs as much for few rows as for many, but wide tiles of packed values need fewer loads. Weights of two bytes
+    /// need fewer anyway.
+    pub(crate) fn is_few(&self, rows: usize, weight: Matrix<'_>) -> bool {
+        rows <= self.few_rows[usize::from(!matches!(weight, Matrix::F32(_)))]
+    }
+
     /// The fastest kernels this processor can run; looked up once.
     pub(crate) fn best() -> &'static Isa {
         static BEST: OnceLock<&'static Isa> = OnceLock::new();
@@ -159,7 +169,8 @@ unsafe fn read_loop<S: Simd>(len: usize, from: *const f32) -> f32 {
 
 /// Compiles every kernel with the given features and fills the table.
 macro_rules! isa {
-    ($module:ident, $simd:ty, $set:ident, vectors $nv:literal, rows [$($mr:literal)*], dot $wr:literal x [$($xr:literal)*]
+    ($module:ident, $simd:ty, $set:ident, vectors $nv:literal, rows [$($mr:literal)*], dot $wr:literal x [$($xr:literal)*],
+     few $few:expr
      $(, features $features:literal)?) => {
         mod $module {
             use super::*;
@@ -238,16 +249,19 @@ macro_rules! isa {
                 fma_loop: fmas,
                 read_loop: reads,
                 lanes: <$simd>::LANES,
+                few_rows: $few,
             };
         }
     };
 }
 
-isa!(scalar, Scalar, Scalar, vectors 2, rows [1 2 3 4], dot 2 x [1 2]);
+isa!(scalar, Scalar, Scalar, vectors 2, rows [1 2 3 4], dot 2 x [1 2], few [12, 12]);
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-isa!(avx2, crate::simd::Avx2, Avx2, vectors 2, rows [1 2 3 4 5 6], dot 2 x [1 2 3 4], features "avx2,fma,f16c");
+isa!(avx2, crate::simd::Avx2, Avx2, vectors 2, rows [1 2 3 4 5 6], dot 2 x [1 2 3 4], few [12, 12],
+    features "avx2,fma,f16c");
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 isa!(avx512, crate::simd::Avx512, Avx512, vectors 2, rows [1 2 3 4 5 6 7 8 9 10 11 12 13 14],
-    dot 4 x [1 2 3 4 5 6], features "avx512f,avx512vl");
+    dot 4 x [1 2 3 4 5 6], few [48, 128], features "avx512f,avx512vl");
 #[cfg(all(target_arch = "aarch64", not(miri)))]
-isa!(neon, crate::simd::Neon, Neon, vectors 4, rows [1 2 3 4 5 6], dot 4 x [1 2 3 4], features "neon");
+isa!(neon, crate::simd::Neon, Neon, vectors 4, rows [1 2 3 4 5 6], dot 4 x [1 2 3 4], few [12, 12],
+    features "neon");

@@ -11,8 +11,6 @@ use crate::Matrix;
 use crate::simd::Stored;
 use crate::threads::SendPtr;
 
-/// Products with no more rows than this read their weights as they are stored instead of packing them.
-pub(crate) const FEW_ROWS: usize = 12;
 /// A panels packed at a time when A is packed by steps, so that whole cache lines of its rows are used.
 const STEP_PANELS: usize = 8;
 /// Bytes of weights that several groups of few rows share while they are in the cache.
@@ -66,7 +64,7 @@ pub(crate) struct Product<'a> {
     pub(crate) a: Left<'a>,
     pub(crate) b: Right<'a>,
     pub(crate) c: Target<'a>,
-    /// Streams the weights ([`FEW_ROWS`]); only for rows times a transposed weight.
+    /// Streams the weights ([`Isa::is_few`]); only for rows times a transposed weight.
     pub(crate) few_rows: bool,
 }
 

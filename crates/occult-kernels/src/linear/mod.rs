@@ -3,7 +3,7 @@
 pub mod reference;
 
 use crate::core::divide::run;
-use crate::core::product::{FEW_ROWS, Left, Product, Right, Target};
+use crate::core::product::{Left, Product, Right, Target};
 use crate::error::{expect_floats, expect_len};
 use crate::threads::{SendPtr, input};
 use crate::{Matrix, Result, Threads, quant};
@@ -41,7 +41,7 @@ pub fn linear(threads: &Threads, dims: LinearDims, x: &[f32], w: Matrix<'_>, out
         a: Left { data: input(x), stride: k, idx: None, by_steps: false },
         b: Right::Transposed { matrix: w },
         c: Target { to: SendPtr(out.as_mut_ptr()), stride: n, idx: None, add: false },
-        few_rows: m <= FEW_ROWS,
+        few_rows: threads.isa().is_few(m, w),
     };
     // SAFETY: `check` compared every slice with its shape; `out` is borrowed mutably.
     unsafe { run(threads, &[product]) };

@@ -90,6 +90,24 @@ impl Simd for Avx512 {
         unsafe { _mm512_reduce_add_ps(v) }
     }
     #[inline(always)]
+    unsafe fn sum4([a, b, c, d]: [V; 4]) -> [f32; 4] {
+        // SAFETY: see above.
+        unsafe {
+            // Two lanes of each, in turns; then all four of each 128-bit lane; then the 128-bit lanes.
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let all = _mm512_add_ps(_mm512_shuffle_ps::<0x44>(ab, cd), _mm512_shuffle_ps::<0xee>(ab, cd));
+            let halves = _mm256_add_ps(
+                _mm512_castps512_ps256(all),
+                _mm512_castps512_ps256(_mm512_shuffle_f32x4::<0xee>(all, all)),
+            );
+            let sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps::<1>(halves));
+            let mut out = [0.0; 4];
+            _mm_storeu_ps(out.as_mut_ptr(), sums);
+            out
+        }
+    }
+    #[inline(always)]
     unsafe fn transpose(load: impl Fn(usize) -> V, to: *mut f32, stride: usize) {
         // SAFETY: see above; the caller gives room for sixteen rows of sixteen.
         unsafe {

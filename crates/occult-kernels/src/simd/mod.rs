@@ -46,6 +46,12 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn round_and_pow2(v: Self::V) -> (Self::V, Self::V);
     /// Sum of all lanes, in a fixed order.
     unsafe fn sum(v: Self::V) -> f32;
+    /// Sums of all lanes of four vectors, each in a fixed order.
+    #[inline(always)]
+    unsafe fn sum4(v: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: the caller's promise.
+        v.map(|v| unsafe { Self::sum(v) })
+    }
     /// Stores the transpose of `LANES` vectors: lane `i` of `load(j)` goes to `to[i * stride + j]`.
     unsafe fn transpose(load: impl Fn(usize) -> Self::V, to: *mut f32, stride: usize);
     /// Asks for the cache line at `at`, which need not be valid.

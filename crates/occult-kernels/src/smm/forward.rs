@@ -3,7 +3,7 @@
 use super::pieces::{Group, Piece, groups};
 use super::{ExpertDims, ExpertMatrices, GateUp, MergeInputs};
 use crate::core::divide::{for_each_block, run, run_merged};
-use crate::core::product::{FEW_ROWS, Left, Product, Right, Target};
+use crate::core::product::{Left, Product, Right, Target};
 use crate::threads::{SendPtr, input};
 use crate::{Matrix, SparseRows, Threads};
 
@@ -29,8 +29,8 @@ pub(super) fn scatter(
             let to = out.get().wrapping_add(piece.rows.start * 2 * f);
             let GateUp { gate, up } = w_up[expert];
             [
-                up_product(rows, dims, &piece, x, gate, to),
-                up_product(rows, dims, &piece, x, up, to.wrapping_add(f)),
+                up_product(threads, rows, dims, &piece, x, gate, to),
+                up_product(threads, rows, dims, &piece, x, up, to.wrapping_add(f)),
             ]
         })
         .collect();
@@ -40,6 +40,7 @@ pub(super) fn scatter(
 
 /// One of the branches for the rows of `piece`; `to` is its first value, rows are `[2F]`.
 fn up_product<'a>(
+    threads: &Threads,
     rows: &'a SparseRows,
     dims: ExpertDims,
     piece: &Piece,
@@ -60,7 +61,7 @@ fn up_product<'a>(
         },
         b: Right::Transposed { matrix },
         c: Target { to: SendPtr(to), stride: 2 * f, idx: None, add: false },
-        few_rows: piece.rows_of_expert <= FEW_ROWS,
+        few_rows: threads.isa().is_few(piece.rows_of_expert, matrix),
     }
 }
 
@@ -82,19 +83,22 @@ unsafe fn add_down<'a>(
     let products: Vec<Product<'_>> = group
         .pieces
         .iter()
-        .map(|piece| Product {
-            m: piece.rows.len(),
-            n: d,
-            k: f,
-            a: Left {
-                data: SendPtr(act.get().wrapping_add((piece.rows.start - group.rows.start) * stride)),
-                stride,
-                idx: None,
-                by_steps: false,
-            },
-            b: Right::Transposed { matrix: w_down(piece.expert) },
-            c: Target { to: y, stride: d, idx: Some(&rows.row_idx()[piece.rows.clone()]), add: true },
-            few_rows: piece.rows_of_expert <= FEW_ROWS,
+        .map(|piece| {
+            let matrix = w_down(piece.expert);
+            Product {
+                m: piece.rows.len(),
+                n: d,
+                k: f,
+                a: Left {
+                    data: SendPtr(act.get().wrapping_add((piece.rows.start - group.rows.start) * stride)),
+                    stride,
+                    idx: None,
+                    by_steps: false,
+                },
+                b: Right::Transposed { matrix },
+                c: Target { to: y, stride: d, idx: Some(&rows.row_idx()[piece.rows.clone()]), add: true },
+                few_rows: threads.isa().is_few(piece.rows_of_expert, matrix),
+            }
         })
         .collect();
     // SAFETY: the caller's promise; row indices are below R and ascend within a piece.
@@ -178,8 +182,8 @@ pub(super) fn expert_ffn(
                 let to = pre.get().wrapping_add((piece.rows.start - group.rows.start) * 2 * f);
                 let ExpertMatrices { gate, up, .. } = experts[piece.expert];
                 [
-                    up_product(rows, dims, piece, x, gate, to),
-                    up_product(rows, dims, piece, x, up, to.wrapping_add(f)),
+                    up_product(threads, rows, dims, piece, x, gate, to),
+                    up_product(threads, rows, dims, piece, x, up, to.wrapping_add(f)),
                 ]
             })
             .collect();
