@@ -13,7 +13,7 @@
 //! 7. *Combine*: rows go back the way they came, and a token adds its copies.
 //!
 //! Order of additions: within a rank experts ascending, then ranks ascending (on two levels: ranks of a node ascending,
-//! then nodes). So the bits depend on the placement, the mode, the levels and the number of parts (a kernel may be chosen by
+//! then nodes). So the bits depend on the placement, the mode, the levels and the parts (a kernel may be chosen by
 //! the number of an expert's rows, and gradients of weights are added part by part, in blocks of the kernel), not on timing
 //! or threads.
 //!
