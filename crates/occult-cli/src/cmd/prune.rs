@@ -1,7 +1,7 @@
 //! `occult prune`
 
 use anyhow::{Result, bail};
-use occult_plan::{Budget, LayerPlacement, Placement, Topology};
+use occult_plan::{Budget, Placement, Topology};
 use serde_json::json;
 
 use crate::args::{PruneArgs, PruneRule};
@@ -24,46 +24,42 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let topology = file.placement.topology();
     let budget = args.adaptive.budget(args.max_ranks);
     let router = setup::router_rule(profile.meta(), args.norm_topk_prob);
-    let bar = progress::bar(profile.num_layers() as u64, "layers");
-    let prune = |layer: usize, placement: &LayerPlacement| {
-        if args.ranks_only {
-            pruning::choose_ranks(&profile, layer, placement, topology, budget)
-        } else {
-            pruning::prune_layer(&profile, layer, placement, topology, args.rule, budget, &router)
-        }
+    let threads = setup::threads(args.threads);
+    let prune = |placement: &Placement| {
+        let bar = progress::bar(profile.num_layers() as u64, "layers");
+        let layers = parallel::map_ordered(profile.num_layers(), threads, |layer| {
+            let placement = &placement.layers()[layer];
+            let pruned = if args.ranks_only {
+                pruning::choose_ranks(&profile, layer, placement, topology, budget)
+            } else {
+                pruning::prune_layer(&profile, layer, placement, topology, args.rule, budget, &router)
+            };
+            bar.inc(1);
+            pruned
+        });
+        bar.finish_and_clear();
+        layers
     };
-    let layers = parallel::map_ordered(profile.num_layers(), setup::threads(args.threads), |layer| {
-        let placement = &file.placement.layers()[layer];
-        let pruned = match args.balance {
-            None => prune(layer, placement).map(|pruned| (pruned, None)),
-            Some(load_cap) => {
-                let (how, within) = ((args.rule, budget), (load_cap, args.max_tokens));
-                pruning::balance_layer(&profile, layer, placement, topology, how, &router, within).and_then(
-                    |balanced| Ok((prune(layer, &balanced)?, Some((prune(layer, placement)?, balanced)))),
-                )
-            }
-        };
-        bar.inc(1);
-        pruned
-    });
-    bar.finish_and_clear();
-    let (layers, balanced): (Vec<_>, Vec<_>) = layers?.into_iter().unzip();
-    let balanced: Option<(Vec<_>, Vec<_>)> =
-        balanced.into_iter().collect::<Option<Vec<_>>>().map(|of| of.into_iter().unzip());
-    let before = match (balanced, &args.output) {
-        (Some((before, placements)), Some(output)) => {
-            file.placement = Placement::new(topology, placements)?;
-            file.meta.notes.push(format!(
-                "weights of the ranks: load cap {} when pruned by {} to {}",
-                args.balance.unwrap_or_default(),
-                args.rule.name(),
-                limit(budget)
-            ));
-            file.write(output)?;
-            Some(mean(&before))
-        }
-        _ => None,
-    };
+    let mut layers = prune(&file.placement)?;
+    let mut before = None;
+    if let (Some(load_cap), Some(output)) = (args.balance, &args.output) {
+        let bar = progress::bar(profile.num_layers() as u64, "layers balanced");
+        let balanced = parallel::map_ordered(profile.num_layers(), threads, |layer| {
+            let placement = &file.placement.layers()[layer];
+            let (how, within) = ((args.rule, budget), (load_cap, args.max_tokens));
+            let balanced = pruning::balance_layer(&profile, layer, placement, topology, how, &router, within);
+            bar.inc(1);
+            balanced
+        });
+        bar.finish_and_clear();
+        file.placement = Placement::new(topology, balanced?)?;
+        before = Some(mean(&layers));
+        layers = prune(&file.placement)?;
+        let (rule, limit) = (args.rule.name(), limit(budget));
+        let note = format!("weights of the ranks: load cap {load_cap} when pruned by {rule} to {limit}");
+        file.meta.notes.push(note);
+        file.write(output)?;
+    }
     let ids = &profile.meta().layer_ids;
     if args.json {
         let layers_json: Vec<_> =
