@@ -91,7 +91,7 @@ impl LayerPlacement {
     }
 
     /// The same with `[W]` weights of the ranks: how much a token's routing mass on each counts when pruning chooses the
-    /// token's ranks ([`prune::balance`](crate::prune::balance) finds some that make their loads even). Nothing else looks at
+    /// token's ranks ([`prune::balance`](crate::prune::balance()) finds some that make their loads even). Nothing else looks at
     /// them. Errors unless every rank has one, above 0 and finite.
     pub fn with_rank_weights(self, weights: Vec<f32>) -> Result<Self> {
         if weights.len() != self.num_ranks() {

@@ -8,7 +8,7 @@
 //! 4. `K` reachable experts are chosen by the rule, and get the model's own weights ([`RouterRule`]).
 //!
 //! Where ranks are chosen by probability, that on a rank counts as often as the placement says
-//! ([`LayerPlacement::with_rank_weights`]): so pruning can load the ranks evenly ([`balance`]).
+//! ([`LayerPlacement::with_rank_weights`]): so pruning can load the ranks evenly ([`balance()`]).
 //!
 //! Scores are the router's logits for all experts, `[T, E]`. Ties of scores go to the lower expert id.
 //!
