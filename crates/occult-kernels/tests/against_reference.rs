@@ -194,12 +194,16 @@ fn every_number_of_rows() {
 fn every_odd_width() {
     for width in (1..70).step_by(2) {
         for (i, stored) in STORED.into_iter().enumerate() {
-            let rows = [1, 5, 17][i];
-            check_linear(1, stored, LinearDims { rows, out: width, inner: 13 });
-            check_linear(2, stored, LinearDims { rows, out: 13, inner: width });
+            // Few, and so many that the weights are packed.
+            for rows in [[1, 5, 17][i], 130] {
+                check_linear(1, stored, LinearDims { rows, out: width, inner: 13 });
+                check_linear(2, stored, LinearDims { rows, out: 13, inner: width });
+            }
         }
         let dims = ExpertDims { hidden: width, intermediate: width + 2 };
-        check_layer(&Layer::new(3, Stored::F32, dims, 15, 2, 0.7), Stored::F32);
+        for num_rows in [15, 75] {
+            check_layer(&Layer::new(3, Stored::F32, dims, num_rows, 2, 0.7), Stored::F32);
+        }
     }
 }
 
@@ -223,11 +227,14 @@ fn experts_without_rows() {
 fn several_blocks_of_k_rows_and_columns() {
     for stored in STORED {
         check_linear(1, stored, LinearDims { rows: 70, out: 300, inner: 1030 });
+        check_linear(4, stored, LinearDims { rows: 140, out: 300, inner: 1030 });
         check_linear(2, stored, LinearDims { rows: 5, out: 300, inner: 1030 });
         check_linear(3, stored, LinearDims { rows: 1100, out: 40, inner: 21 });
     }
     let dims = ExpertDims { hidden: 530, intermediate: 270 };
-    check_layer(&Layer::new(4, Stored::Bf16, dims, 40, 4, 0.6), Stored::Bf16);
+    for num_rows in [40, 230] {
+        check_layer(&Layer::new(4, Stored::Bf16, dims, num_rows, 4, 0.6), Stored::Bf16);
+    }
 }
 
 #[test]

@@ -72,7 +72,7 @@ fn every_position_of_a_row_gives_the_same_bits() {
 #[cfg_attr(miri, ignore = "too slow")]
 fn nan_and_infinity_go_where_the_reference_sends_them() {
     let dims = ExpertDims { hidden: 40, intermediate: 36 };
-    for (num_rows, share) in [(4, 0.8), (60, 0.8)] {
+    for (num_rows, share) in [(4, 0.8), (60, 0.8), (90, 0.8)] {
         for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -200.0] {
             let mut layer = Layer::new(11, Stored::F32, dims, num_rows, 4, share);
             layer.x[dims.hidden + 3] = special;
@@ -203,7 +203,7 @@ fn assert_slope(what: &str, found: f32, [below, above]: [f64; 2]) {
 fn gradients_are_finite_differences() {
     let dims = ExpertDims { hidden: 7, intermediate: 5 };
     // Experts with few rows, and with so many that their weights are packed.
-    for (num_rows, least) in [(6, 1), (24, 13)] {
+    for (num_rows, least) in [(6, 1), (24, 13), (84, 49)] {
         let mut layer = Layer::new(21, Stored::F32, dims, num_rows, 3, 0.7);
         let rows_of = |expert| layer.rows.expanded_of(expert).len();
         assert!((0..3).any(|expert| rows_of(expert) >= least));

@@ -1,4 +1,4 @@
-//! Products with few rows: weights are read once, as they are stored, at the speed of memory.
+//! Products with few rows: weights are read as they are stored, from memory once.
 
 use crate::simd::{Simd, Stored};
 

@@ -158,8 +158,10 @@ impl Product<'_> {
                         let c_rows = unsafe { self.c_rows(tile_rows.clone()) };
                         let tile = tiles[tile_rows.len() - 1];
                         let coming_rows = match i + 1 {
+                            _ if self.a.by_steps => None,
                             next if next < num_row_panels => Some((row_panel(next), k0)),
-                            _ => Some((row_panel(0), k0 + k)).filter(|&(_, k0)| k0 < self.k),
+                            _ if k0 + k < self.k => Some((row_panel(0), k0 + k)),
+                            _ => None,
                         };
                         for (panel, b) in b_panels.chunks_exact(panel_len).take(num_panels).enumerate() {
                             let col = cols.start + panel * width;
@@ -169,10 +171,10 @@ impl Product<'_> {
                                 None => Ahead::NOTHING,
                             };
                             num_tiles -= 1;
-                            if let Some((rows, k0)) = coming_rows.clone().filter(|_| !self.a.by_steps) {
+                            if let Some((rows, k0)) = &coming_rows {
                                 let share = |panel| rows.start + panel * rows.len() / num_panels;
                                 for row in share(panel)..share(panel + 1) {
-                                    ahead.also(self.a_row(row).wrapping_add(k0).cast());
+                                    ahead.also(self.a_row(row).wrapping_add(*k0).cast());
                                 }
                             }
                             // SAFETY: panels were packed for `k` steps just now; C as the caller promises, and the

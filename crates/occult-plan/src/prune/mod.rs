@@ -47,8 +47,7 @@ pub enum Rule<'a> {
     /// score, are replaced each by the reachable expert most similar to it that is not chosen yet (ties: lower id).
     Similarity(&'a SimilarityTable),
     /// Allowed is the set of ranks on which the token's experts have most probability (times the weights of the ranks, where
-    /// the placement has some); these experts are kept and the
-    /// best scores of other reachable experts fill up. The set is exact without replicas; with replicas it is exact up to
+    /// the placement has some); these experts are kept and the best scores of other reachable experts fill up. The set is exact without replicas; with replicas it is exact up to
     /// 2,000 possible sets, beyond that it is found greedily and has at least `1 - 1/e` of the best set's probability.
     BestMass,
     /// Like [`Rule::BestMass`] with squared probabilities: allowed are the ranks off which the token's experts have the least

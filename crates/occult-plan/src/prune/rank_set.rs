@@ -138,8 +138,8 @@ impl<'p> RankSet<'p> {
         best.iter().for_each(|&i| self.insert(candidates[i]));
     }
 
-    /// The rank not in the set that makes the most probability, times its weight, reachable (ties: more experts, then the lower rank), or
-    /// `None` when no rank adds an expert. `ranks` ascend.
+    /// The rank not in the set that makes the most probability, times its weight, reachable (ties: more experts, then the
+    /// lower rank), or `None` when no rank adds an expert. `ranks` ascend.
     fn best_gain(&self, ranks: impl Iterator<Item = Rank>, ids: &[ExpertId], p: &[f64]) -> Option<Rank> {
         let mut best = None;
         let mut best_gain = (0.0, 0);

@@ -89,8 +89,8 @@ impl Token<'_> {
         ranks
     }
 
-    /// The ranks that keep the largest sum of probabilities to this power, each times the best weight of a rank that reaches it. Only the sum of the result is defined where several
-    /// sets keep as much.
+    /// The ranks that keep the largest sum of probabilities to this power, each times the best weight of a rank that reaches
+    /// it. Only the sum of the result is defined where several sets keep as much.
     fn heaviest(&self, max_ranks: usize, power: i32) -> Ranks {
         let weight = |ranks: &Ranks, id| {
             let reached = self.placement.ranks_of(id).iter().filter(|r| ranks.contains(r));
