@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use occult_kernels::ops::{merging_smm, merging_smm_into, scattering_smm, scattering_smm_into};
 
 use crate::error::Result;
-use crate::exchange::{DispatchHandle, DispatchInFlight};
+use crate::exchange::{DispatchHandle, DispatchInFlight, Returning};
 use crate::layer::{ExpertParallelLayer, ExpertTensors};
 use crate::ops::Link;
 use crate::tensor::with_f32;
@@ -27,9 +27,10 @@ impl ExpertParallelLayer {
         parts: Parts<'_>,
     ) -> Result<Tensor> {
         let num_parts = parts.len();
-        let mut combines = Vec::with_capacity(num_parts);
+        let (mut combines, mut ops) = (Returning::default(), Vec::with_capacity(num_parts));
         for (part, dispatch) in parts {
             let (received, handle) = dispatch.finish()?;
+            combines.pass_on()?;
             let part_of = |t: &Tensor| match num_parts {
                 1 => Ok(t.clone()),
                 _ => t.narrow(0, part.start, part.len()),
@@ -37,12 +38,15 @@ impl ExpertParallelLayer {
             let link = Link::new(handle.path(), x.dim(1)?);
             let received = link.dispatch(&part_of(x)?, &part_of(weights)?, received)?;
             let outputs = self.experts(&link, &received, &handle, experts)?;
-            let combine = with_f32(&outputs, |y| Ok(handle.start_combine(y)))??;
-            combines.push((link, outputs, combine));
+            combines.push_combine(with_f32(&outputs, |y| Ok(handle.start_combine(y)))??);
+            ops.push((link, outputs));
         }
+        combines.pass_on()?;
         let mut y = Vec::with_capacity(num_parts);
-        for (link, outputs, combine) in combines {
-            y.push(link.combine(&outputs, combine.finish()?)?);
+        for ((link, outputs), combine) in ops.into_iter().zip(combines) {
+            let mut rows = Vec::new();
+            combine.finish_into(&mut rows)?;
+            y.push(link.combine(&outputs, rows)?);
         }
         Ok(if y.len() == 1 { y.swap_remove(0) } else { Tensor::cat(&y, 0)? })
     }

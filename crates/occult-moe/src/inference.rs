@@ -7,7 +7,7 @@ use occult_plan::RoutingBuf;
 
 use crate::config::{Mode, Step};
 use crate::error::{MoeError, Result, check_len};
-use crate::exchange::{Counts, DispatchHandle, DispatchInFlight};
+use crate::exchange::{Counts, DispatchHandle, DispatchInFlight, Returning};
 use crate::layer::{Decision, ExpertParallelLayer, Meanwhile};
 use crate::ops::expanded_weights;
 use crate::overlap::Pass;
@@ -94,15 +94,17 @@ impl ExpertParallelLayer {
         experts: &[ExpertMatrices<'_>],
         tokens: usize,
     ) -> Result<Vec<f32>> {
-        let mut combines = Vec::with_capacity(dispatches.len());
+        let mut combines = Returning::default();
         let mut received = room::empty("rows received", tokens * dims.hidden)?;
         for dispatch in dispatches {
             received.clear();
             let handle = dispatch.finish_into(&mut received)?;
+            combines.pass_on()?;
             let y = self.compute(&received, &handle, dims, experts)?;
-            combines.push(handle.start_combine(&y)?);
+            combines.push_combine(handle.start_combine(&y)?);
             room::give(y);
         }
+        combines.pass_on()?;
         room::give(received);
         let mut y = Vec::new();
         room::reserve("outputs of the tokens", &mut y, tokens * dims.hidden)?;

@@ -17,8 +17,8 @@ pub enum Pass {
 
 /// The parts with the least predicted time, from what every rank knows, so that all ranks find the same: the
 /// schedule of [`PassWork`] on the links of the cluster, for the rows that this layer's mode, placement and pruning send.
-/// `tokens`: of all ranks. Load is taken as even. On two levels one part: rows that came to a node wait for a rank that
-/// computes to pass them on, which costs more than overlap gains.
+/// `tokens`: of all ranks. Load is taken as even. On two levels one part: with every part the ranks of a node would wait for
+/// each other twice, to pass on its rows, which costs more than overlap gains.
 pub fn cut(
     cluster: &Cluster,
     shape: &LayerShape,

@@ -28,7 +28,7 @@ use occult_plan::ExpertRows;
 
 use crate::autograd::Parts;
 use crate::error::{MoeError, Result};
-use crate::exchange::Path;
+use crate::exchange::{Path, Returning};
 use crate::layer::{ExpertParallelLayer, ExpertTensors};
 use crate::ops::{by_pair, expanded_weights, take};
 use crate::room;
@@ -115,12 +115,13 @@ impl ExpertParallelLayer {
         let dims = ExpertDims { hidden: x.dim(1)?, intermediate: experts.w_down.dim(2)? };
         let (w_up, w_down) = (experts.w_up.contiguous()?, experts.w_down.contiguous()?);
         let mut kept = Vec::with_capacity(parts.len());
-        let mut combines = Vec::with_capacity(parts.len());
+        let mut combines = Returning::default();
         let mut rows = room::empty("rows received", x.elem_count())?;
         let mut rows_before = 0;
         for (tokens, dispatch) in parts {
             let start = rows.len();
             let handle = dispatch.finish_into(&mut rows)?;
+            combines.pass_on()?;
             let received = &rows[start..];
             let (expanded, sparse) = self.timers.time(Phase::Plan, || self.expand(&handle))?;
             let row_weights = expanded_weights(&expanded, handle.row_experts().weights());
@@ -141,9 +142,10 @@ impl ExpertParallelLayer {
             let (path, of) = (handle.path(), rows_before..rows_before + sparse.num_rows());
             rows_before = of.end;
             kept.push(Part { path, tokens, sparse, expanded, rows: of, pre, row_weights });
-            combines.push(handle.start_combine(&y)?);
+            combines.push_combine(handle.start_combine(&y)?);
             room::give(y);
         }
+        combines.pass_on()?;
         let mut y = Vec::new();
         room::reserve("outputs of the tokens", &mut y, x.elem_count())?;
         for combine in combines {
@@ -185,11 +187,12 @@ impl InParts {
         let frozen = matches!((&d_up, &d_down), (Wanted::No, Wanted::No));
         let mut act = room::any("activations", if frozen { 0 } else { num_expanded * f })?;
         let mut all_d_pre = room::any("gradients of the pre-activations", num_expanded * 2 * f)?;
-        let mut leaving = Vec::with_capacity(self.parts.len());
+        let mut leaving = Returning::default();
         let mut expanded_before = 0;
         for (part, arriving) in self.parts.iter().zip(arriving) {
             let Part { path, sparse, expanded, rows, pre, row_weights, .. } = part;
             path.finish_combine_backward(arriving, &mut dy)?;
+            leaving.pass_on()?;
             let (x, dy) = (&self.x[rows.start * d..rows.end * d], &dy[rows.start * d..]);
             let of = expanded_before..expanded_before + sparse.num_expanded();
             expanded_before = of.end;
@@ -217,18 +220,26 @@ impl InParts {
             let weights = |grads: WeightGrads<'_>| {
                 weights_bwd(&self.threads, &rows, dims, inputs, grads).map_err(kernel)
             };
-            first.path.timers().time(Phase::Weights, || {
-                d_down.make(|to, add| weights(WeightGrads { d_w_up: None, d_w_down: Some(to), add }))?;
+            let timers = first.path.timers();
+            timers.time(Phase::Weights, || {
+                d_down.make(|to, add| weights(WeightGrads { d_w_up: None, d_w_down: Some(to), add }))
+            })?;
+            // By now slower ranks of the node have sent theirs, too; two thirds of the products are left to hide the way on.
+            leaving.pass_on()?;
+            timers.time(Phase::Weights, || {
                 d_up.make(|to, add| weights(WeightGrads { d_w_up: Some(to), d_w_down: None, add }))
             })?;
+        } else {
+            leaving.pass_on()?;
         }
         for values in [dy, act, all_d_pre] {
             room::give(values);
         }
         let mut out = Vec::new();
         room::reserve("gradients of the tokens", &mut out, tokens * (d + k))?;
-        for (part, leaving) in self.parts.iter().zip(leaving) {
-            let (dx, dw) = part.path.finish_dispatch_backward(leaving)?;
+        for leaving in leaving {
+            let mut dx = Vec::new();
+            let dw = leaving.finish_into(&mut dx)?;
             for (dx, dw) in dx.chunks_exact(d).zip(dw.chunks_exact(k)) {
                 out.extend_from_slice(dx);
                 out.extend_from_slice(dw);

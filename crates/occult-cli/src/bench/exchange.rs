@@ -11,7 +11,7 @@ use occult_plan::{DispatchPlan, Routing, RoutingBuf};
 use serde_json::{Value, json};
 
 use super::args::{BenchExchangeArgs, ModeName, OverlapArg, ShapeArgs};
-use super::machine::{exchange_seconds, wire};
+use super::machine::{Pace, exchange_seconds, wire};
 use super::measure::{PassSeconds, StepSeconds};
 use super::predict::{Parts, forward_bytes, latency, wire_of};
 use super::random::Random;
@@ -122,7 +122,7 @@ fn measure(setting: &Setting, args: &ShapeArgs, sizes: &[usize]) -> Result<Outco
     let mut raw = Vec::with_capacity(sizes.len());
     for &size in sizes {
         let to: Vec<usize> = (0..world).map(|r| if r == rank { 0 } else { size }).collect();
-        let seconds = exchange_seconds(setting, &to, args.reps)?;
+        let seconds = exchange_seconds(setting, &to, args.reps, Pace::AtOnce)?;
         raw.push(Raw { bytes: size, seconds, predicted: all_to_all(&cluster, size) });
     }
     let mine = setting.step.tokens()[rank];

@@ -1,6 +1,6 @@
 //! What this machine and its wire can do, measured in the same run by small probes: the numbers of the cost model.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use occult_comm::{Buffer, Expect};
@@ -23,9 +23,11 @@ const UNLIMITED: f64 = 1e15;
 const PROBES: usize = 5;
 /// Of a step, in the probe of what parts cost.
 const PARTS: usize = 4;
-/// Bytes per peer of the small and the large probe, at least and at most.
-const LEAST_BYTES: usize = 1 << 16;
+/// Bytes per peer of the large probe, at least and at most.
+const LEAST_BYTES: usize = 1 << 12;
 const MOST_BYTES: usize = 8 << 20;
+/// The longest that links are left idle before a probe.
+const REST: Duration = Duration::from_millis(20);
 
 /// What one pass costs beside the wire, per unit of what it does.
 #[derive(Debug, Clone, Copy, Default)]
@@ -68,10 +70,21 @@ pub(crate) fn peak_gflops(setting: &Setting, threads: &Threads) -> Result<f64> {
     Ok(best)
 }
 
+/// When all-to-alls follow each other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pace {
+    AtOnce,
+    /// As in a step, where links idle while experts compute: some kinds pass on at once what they could have sent meanwhile.
+    Rested,
+}
+
 /// Median seconds of the slowest rank for an all-to-all with so many bytes to each peer (collective).
-pub(crate) fn exchange_seconds(setting: &Setting, bytes: &[usize], times: usize) -> Result<f64> {
-    let mut seconds = Vec::with_capacity(times);
+pub(crate) fn exchange_seconds(setting: &Setting, bytes: &[usize], times: usize, pace: Pace) -> Result<f64> {
+    let mut seconds: Vec<f64> = Vec::with_capacity(times);
     for _ in 0..times {
+        if let (Pace::Rested, Some(&last)) = (pace, seconds.last()) {
+            std::thread::sleep(Duration::from_secs_f64(2.0 * last).min(REST));
+        }
         let send = Buffer::zeroed::<u8>(bytes.iter().sum());
         setting.comm.barrier("bench probe")?;
         let begin = Instant::now();
@@ -93,10 +106,11 @@ fn link(setting: &Setting, reach: impl Fn(usize) -> bool) -> Result<Link> {
     }
     let bytes =
         |n: usize| -> Vec<usize> { (0..world).map(|r| if r != rank && reach(r) { n } else { 0 }).collect() };
-    let pairs = setting.routing.chosen.expert_ids.len();
-    let large = (pairs * setting.hidden * 4 / (world * world)).clamp(LEAST_BYTES, MOST_BYTES);
-    let small = exchange_seconds(setting, &bytes(8), 4 * PROBES + 1)?;
-    let long = exchange_seconds(setting, &bytes(large), PROBES)?;
+    // What the conventional mode sends, from the rank with most tokens.
+    let pairs = setting.step.max_tokens() * setting.routing.router.top_k;
+    let large = (pairs * setting.hidden * 4 / world).clamp(LEAST_BYTES, MOST_BYTES);
+    let small = exchange_seconds(setting, &bytes(8), 4 * PROBES + 1, Pace::Rested)?;
+    let long = exchange_seconds(setting, &bytes(large), PROBES, Pace::Rested)?;
     let bandwidth = (peers * large) as f64 / (long - small).max(long / 100.0);
     Ok(Link { bandwidth_bytes_per_s: bandwidth, latency_s: small / peers as f64 })
 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use occult_moe::predict::{RankBytes, count_bytes, predict_bytes};
 use occult_moe::{ExpertParallelLayer, LayerOptions, Mode, TwoLevel};
 use occult_plan::cost::{
-    Cluster, Cut, Exchange, ExchangeTime, LayerShape, PassTime, PassWork, StepTime, Timeline, predict,
+    Cluster, Cut, Exchange, ExchangeStep, LayerShape, PassTime, PassWork, StepTime, Timeline, Within, predict,
 };
 use occult_plan::{HomeRanks, LayerPlacement, LayerTraffic, Routing, RoutingBuf};
 
@@ -102,7 +102,9 @@ pub(crate) fn mode(
     let [compute_s, _] = load(parts.forward).compute_seconds(&machine.forward, machine.pooled);
     let move_s = machine.forward.move_per_byte * of_wire.packed_bytes;
     let work = Work { before_s, move_s, compute_s, after_s: 0.0, shared: machine.pooled };
-    let forward = Seconds::of(&[work.with(forward_wire)], parts.forward, before_s - counts);
+    let two_levels = inference.has_two_levels();
+    let forward = work.with(forward_wire, two_levels, true);
+    let forward = Seconds::of(&[forward], parts.forward, before_s - counts);
     let both = machine.both.map(|rates| {
         let plan = rates.plan_per_pair * pairs;
         let [compute_s, after_s] = load(parts.both).compute_seconds(&rates, machine.pooled);
@@ -111,7 +113,10 @@ pub(crate) fn mode(
         let before_s = plan + latency(&machine.cluster);
         let forward = Work { before_s, move_s, compute_s, after_s: 0.0, shared: machine.pooled };
         let backward = Work { before_s: 0.0, after_s, ..forward };
-        Seconds::of(&[forward.with(forward_wire), backward.with(backward_wire)], parts.both, plan)
+        let two_levels = options.has_two_levels();
+        let passes =
+            [forward.with(forward_wire, two_levels, true), backward.with(backward_wire, two_levels, false)];
+        Seconds::of(&passes, parts.both, plan)
     });
     Ok(Predicted {
         bytes,
@@ -133,22 +138,33 @@ struct Work {
 }
 
 impl Work {
-    fn with(self, wire: &PassTime) -> PassWork {
+    /// `counts`: whether a round of counts precedes rows within the node.
+    fn with(self, wire: &PassTime, two_levels: bool, counts: bool) -> PassWork {
         let Self { before_s, move_s, compute_s, after_s, shared } = self;
-        let latency_of = |exchange: &ExchangeTime| -> f64 {
-            exchange.steps.iter().map(|step| step.link.latency_s * step.peers as f64).sum()
+        // Seconds beside latency, and latency.
+        let split = |steps: &[ExchangeStep]| {
+            let latency: f64 = steps.iter().map(|step| step.link.latency_s * step.peers as f64).sum();
+            (steps.iter().map(|step| step.seconds).sum::<f64>() - latency, latency)
         };
-        let latency_s = latency_of(&wire.dispatch);
+        // On two levels the first step is that between nodes.
+        let (out, back) = (&wire.dispatch.steps, &wire.combine.steps);
+        let first = if two_levels { 1 } else { out.len() };
+        let ((out_s, latency_s), (back_s, _)) = (split(&out[..first]), split(&back[..first]));
+        let within = two_levels.then(|| {
+            let ((out_s, latency_s), (back_s, _)) = (split(&out[first..]), split(&back[first..]));
+            Within { out_s, back_s, part_s: (2.0 + f64::from(u8::from(counts))) * latency_s }
+        });
         PassWork {
             before_s,
-            out_s: wire.dispatch.seconds - latency_s,
-            back_s: wire.combine.seconds - latency_s,
+            out_s,
+            back_s,
             latency_s,
             move_s,
             compute_s,
             // In `compute_s`, from the experts that each part really has.
             part_s: 0.0,
             after_s,
+            within,
             shared,
         }
     }
@@ -158,13 +174,12 @@ impl Seconds {
     fn of(passes: &[PassWork], cut: Cut, plan: f64) -> Self {
         let timeline = passes.iter().map(|p| p.timeline(cut)).fold(Timeline::default(), |sum, one| sum + one);
         let sum = |of: fn(&PassWork) -> f64| passes.iter().map(of).sum::<f64>();
-        let n = cut.parts() as f64;
         Self {
             total: timeline.total_s,
             plan,
             moving: sum(|p| p.move_s),
             compute: sum(|p| p.compute_s + p.after_s),
-            wire: sum(|p| p.out_s + p.back_s) + 2.0 * n * sum(|p| p.latency_s),
+            wire: passes.iter().map(|p| p.wire_s(cut)).sum(),
             exposed: timeline.exposed_s,
         }
     }

@@ -25,10 +25,8 @@ pub(crate) struct BenchRouting {
     pub(crate) router: RouterSpec,
     /// Tokens that placements are made from, with router logits.
     pub(crate) profiled: RoutingBuf,
-    /// Router logits `[T, E]` of the measured tokens, whose choice is `chosen`.
+    /// Router logits `[T, E]` of the measured tokens.
     pub(crate) logits: Vec<f32>,
-    /// The measured tokens.
-    pub(crate) chosen: RoutingBuf,
     /// Router logits of as many tokens that placements are made from: what machines are measured with before.
     pub(crate) probe_logits: Vec<f32>,
 }
@@ -75,8 +73,7 @@ pub(crate) fn routing(args: &ShapeArgs, tokens: usize) -> Result<BenchRouting> {
     let n = profiled.num_tokens();
     let probe = pick(&profiled, &(0..tokens).map(|i| i % n).collect::<Vec<_>>());
     let probe_logits = probe.scores.unwrap_or_default();
-    let chosen = router.select(&logits)?;
-    Ok(BenchRouting { name, router, profiled, logits, chosen, probe_logits })
+    Ok(BenchRouting { name, router, profiled, logits, probe_logits })
 }
 
 fn from_profile(path: &Path, layer: Option<usize>) -> Result<(String, RoutingBuf)> {

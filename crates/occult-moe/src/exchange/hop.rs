@@ -88,7 +88,7 @@ pub(super) struct HopInFlight {
 }
 
 #[derive(Debug)]
-pub(crate) struct BackInFlight(Box<dyn Exchange>);
+pub(super) struct HopBackInFlight(Box<dyn Exchange>);
 
 #[derive(Debug)]
 pub(crate) struct AgainInFlight(Box<dyn Exchange>);
@@ -239,7 +239,7 @@ impl Hop {
         rows: &[f32],
         pairs: Option<&[f32]>,
         d: usize,
-    ) -> Result<BackInFlight> {
+    ) -> Result<HopBackInFlight> {
         let num_rows = self.received.num_rows();
         check_len("rows to send back", num_rows * d, rows.len())?;
         if let Some(pairs) = pairs {
@@ -268,14 +268,14 @@ impl Hop {
         let names = self.level.names;
         let what = if back == Back::Combine { names.combine } else { names.dispatch_grad };
         let bytes = |elements: Vec<usize>| elements.into_iter().map(|n| n * 4).collect::<Vec<_>>();
-        Ok(BackInFlight(self.level.start(what, buffer, &bytes(sizes), bytes(expected), true)?))
+        Ok(HopBackInFlight(self.level.start(what, buffer, &bytes(sizes), bytes(expected), true)?))
     }
 
     /// Waits, and merges: appends rows by source `[sources, D]`; returns values of pairs by the source's pairs.
     pub(super) fn finish_back(
         &self,
         back: Back,
-        hop: BackInFlight,
+        hop: HopBackInFlight,
         d: usize,
         timers: &Timers,
         out: &mut Vec<f32>,

@@ -43,7 +43,7 @@ pub use cluster::{Cluster, Compute, InterLink, Link, LinkEnd};
 pub use exchange::{Exchange, ExchangeStep, ExchangeTime};
 pub use explain::explain;
 pub use predict::{ComputeTime, LayerShape, PassTime, StepTime, predict};
-pub use schedule::{Cut, MAX_PARTS, PassWork, Timeline, best_cut};
+pub use schedule::{Cut, MAX_PARTS, PassWork, Timeline, Within, best_cut};
 
 #[cfg(test)]
 mod tests;

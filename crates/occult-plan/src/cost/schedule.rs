@@ -93,8 +93,22 @@ pub struct PassWork {
     pub part_s: f64,
     /// Computed when all rows are on their way back (gradients of weights).
     pub after_s: f64,
+    /// On two levels: what passes on rows within the node. The wire above is then that between nodes.
+    pub within: Option<Within>,
     /// The cores move the bytes, too (ranks that share the cores of one machine): nothing hides.
     pub shared: bool,
+}
+
+/// Rows between the ranks of a node, on two levels. A rank takes part when it is done with what it computes, so nothing hides it.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Within {
+    /// To the experts, without latency.
+    pub out_s: f64,
+    /// Back, without latency.
+    pub back_s: f64,
+    /// Latencies of each part: of counts, of the way out, of the way back.
+    pub part_s: f64,
 }
 
 /// How a pass goes.
@@ -118,12 +132,15 @@ impl std::ops::Add for Timeline {
 impl PassWork {
     /// The pass in parts: all of them are packed and handed to the wire; then part after part is waited for, unpacked,
     /// computed and handed to the wire back; then what waits for nobody is computed; then the parts are waited for and
-    /// added up. The wire carries one message at a time, in the order in which it got them.
+    /// added up. The wire carries one message at a time, in the order in which it got them. On two levels rows change over
+    /// within the node: when a part has come, and on their way back when the next one has (the last one's after a third of
+    /// what waits for nobody).
     pub fn timeline(&self, cut: Cut) -> Timeline {
         let step = self.move_s / 4.0;
+        let within = self.within.unwrap_or_default();
         if self.shared {
             let n = cut.parts as f64;
-            let wire = self.out_s + self.back_s + 2.0 * n * self.latency_s;
+            let wire = self.wire_s(cut);
             let rest = self.before_s + self.move_s + self.compute_s + n * self.part_s + self.after_s;
             return Timeline { total_s: rest + wire, exposed_s: wire };
         }
@@ -134,17 +151,40 @@ impl PassWork {
             arrivals.push(rank.send(share * self.out_s + self.latency_s));
         }
         let mut returns = Vec::with_capacity(arrivals.len());
+        let mut send_back = |rank: &mut Rank, share: f64| {
+            rank.wait_for(rank.now + share * within.back_s);
+            returns.push(rank.send(share * self.back_s + self.latency_s));
+        };
+        let mut held = None;
         for (share, arrival) in cut.shares().zip(arrivals) {
             rank.wait_for(arrival);
+            rank.wait_for(rank.now + share * within.out_s + within.part_s);
+            if let Some(before) = held.take() {
+                send_back(&mut rank, before);
+            }
             rank.now += share * (2.0 * step + self.compute_s) + self.part_s;
-            returns.push(rank.send(share * self.back_s + self.latency_s));
+            match self.within {
+                Some(_) => held = Some(share),
+                None => send_back(&mut rank, share),
+            }
         }
-        rank.now += self.after_s;
+        rank.now += self.after_s / 3.0;
+        if let Some(last) = held {
+            send_back(&mut rank, last);
+        }
+        rank.now += self.after_s * 2.0 / 3.0;
         for (share, back) in cut.shares().zip(returns) {
             rank.wait_for(back);
             rank.now += share * step;
         }
         Timeline { total_s: rank.now, exposed_s: rank.exposed }
+    }
+
+    /// Wire of all parts, nothing hidden.
+    pub fn wire_s(&self, cut: Cut) -> f64 {
+        let (n, within) = (cut.parts as f64, self.within.unwrap_or_default());
+        let latencies = n * (2.0 * self.latency_s + within.part_s);
+        self.out_s + self.back_s + within.out_s + within.back_s + latencies
     }
 }
 
@@ -203,6 +243,7 @@ mod tests {
         compute_s: 16.0,
         part_s: 1.0,
         after_s: 3.0,
+        within: None,
         shared: false,
     };
 
@@ -237,6 +278,22 @@ mod tests {
         let work = PassWork { shared: true, ..WORK };
         assert!(close(work.timeline(Cut::even(3)).total_s, 1.0 + 2.0 + 16.0 + 3.0 + 3.0 + 12.0 + 3.0));
         assert_eq!(best_cut(&[work], 9), Cut::WHOLE);
+    }
+
+    #[test]
+    fn two_levels_by_hand() {
+        let work = PassWork { within: Some(Within { out_s: 2.0, back_s: 1.0, part_s: 0.25 }), ..WORK };
+        // Over the wire at 10.0, within the node at 12.25; computed at 30.25; after a third of the rest, 31.25, within the
+        // node at 32.25 and back at 36.75; added up 37.25.
+        let one = work.timeline(Cut::WHOLE);
+        assert!(close(one.total_s, 37.25), "{one:?}");
+        assert!(close(one.exposed_s, 8.5 + 2.25 + 1.0 + (4.5 - 2.0)), "{one:?}");
+        // Packed at 1.25 and 1.5, over the wire at 5.75 and 10.25. Part 1 within the node at 7.0, computed at 16.5; part 2
+        // within at 17.75, part 1 back within at 18.25 and over the wire at 20.75; computed at 27.75, then 28.75, part 2 back
+        // within at 29.25, over the wire at 31.75; the rest at 31.25, part 1 added up at 31.5, part 2 at 32.0.
+        let two = work.timeline(Cut::even(2));
+        assert!(close(two.total_s, 32.0), "{two:?}");
+        assert!(close(work.wire_s(Cut::even(2)), 12.0 + 3.0 + 2.0 * 1.25));
     }
 
     #[test]
