@@ -117,9 +117,7 @@ impl Placer {
             (Method::Contiguous, _) => done(contiguous::place(e, w)?),
             (Method::Random, _) => done(random::place(e, w, self.seed_of(layer))?),
             (Method::Greedy | Method::Apart, LayerInput::Tokens(rows)) => {
-                let mut pairs = CoActivation::new(e);
-                pairs.add(&rows.view()?);
-                done(self.of_pairs(method, layer, &pairs)?)
+                done(self.of_pairs(method, layer, &CoActivation::of(&rows.view()?))?)
             }
             (Method::Greedy | Method::Apart, LayerInput::Counts { coactivation: Some(pairs), .. }) => {
                 done(self.of_pairs(method, layer, pairs)?)

@@ -8,7 +8,7 @@ use occult_formats::{Columns, FormatError, Profile};
 use occult_model::ModelSpec;
 use occult_plan::prune::{balance, best_mass_ranks_only};
 use occult_plan::{
-    Budget, HomeRanks, LayerPlacement, PlanError, PruneStats, RouterRule, SimilarityAccumulator,
+    Budget, HomeRanks, LayerPlacement, PlanError, PruneSpec, PruneStats, RouterRule, SimilarityAccumulator,
     SimilarityTable, Topology, TrafficMeter, prune,
 };
 
@@ -46,6 +46,21 @@ impl PruneRule {
             Self::BestMass => occult_moe::PruneRule::BestMass,
             Self::LeastError => occult_moe::PruneRule::LeastError,
         })
+    }
+}
+
+/// How the layers of a profile are pruned.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct How<'a> {
+    pub(crate) rule: PruneRule,
+    pub(crate) budget: Budget,
+    pub(crate) router: &'a RouterRule,
+}
+
+impl<'a> How<'a> {
+    /// As the planner wants it; `None` where the rule has to have a table.
+    fn spec<'t: 'a>(self, rule: &'t occult_moe::PruneRule) -> PruneSpec<'a> {
+        PruneSpec { rule: rule.rule(), budget: self.budget, router: self.router }
     }
 }
 
@@ -87,26 +102,24 @@ pub(crate) fn profile_of(path: &Path, spec: &ModelSpec) -> Result<Profile> {
     Ok(profile)
 }
 
-/// Prunes every row of a layer by `rule`. The similarity table is computed where the rule needs it.
+/// Prunes every row of a layer. The similarity table is computed where the rule needs it.
 pub(crate) fn prune_layer(
     profile: &Profile,
     layer: usize,
     placement: &LayerPlacement,
     topology: Topology,
-    rule: PruneRule,
-    budget: Budget,
-    router: &RouterRule,
+    how: How<'_>,
 ) -> Result<PrunedLayer> {
-    require_scores(profile, layer, rule)?;
-    let table = match rule {
+    require_scores(profile, layer, how.rule)?;
+    let table = match how.rule {
         PruneRule::Similarity => Some(Arc::new(similarity(profile, layer)?)),
         _ => None,
     };
-    let rule = rule.with(table.as_ref()).context("the similarity rule has no table")?;
+    let rule = how.rule.with(table.as_ref()).context("the similarity rule has no table")?;
     let mut stats = PruneStats::default();
     let mut meter = TrafficMeter::new(placement, topology, HomeRanks::Uniform)?;
     for_each_chunk(profile, layer, |routing| {
-        let pruned = prune(routing, placement, topology, rule.rule(), budget, router)?;
+        let pruned = prune(routing, placement, topology, how.spec(&rule))?;
         stats.merge(&pruned.stats);
         meter.add(&pruned.routing.view()?)
     })?;
@@ -120,15 +133,14 @@ pub(crate) fn balance_layer(
     layer: usize,
     placement: &LayerPlacement,
     topology: Topology,
-    (rule, budget): (PruneRule, Budget),
-    router: &RouterRule,
+    how: How<'_>,
     (load_cap, max_tokens): (f64, usize),
 ) -> Result<LayerPlacement> {
-    require_scores(profile, layer, rule)?;
-    let rule = rule.with(None).context("--balance works with --rule best-mass and least-error")?;
+    require_scores(profile, layer, how.rule)?;
+    let rule = how.rule.with(None).context("--balance works with --rule best-mass and least-error")?;
     let columns = Columns { weights: false, scores: true, domains: false };
     let rows = profile.read_rows(layer, columns, max_tokens)?.routing;
-    let balanced = balance(&rows.view()?, placement, topology, rule.rule(), budget, router, load_cap);
+    let balanced = balance(&rows.view()?, placement, topology, how.spec(&rule), load_cap);
     Ok(balanced.map_err(|e| e.in_layer(layer))?.placement)
 }
 

@@ -351,6 +351,9 @@ fn balance_writes_a_placement_under_which_pruning_loads_ranks_evenly() {
     let text =
         lab.ok("prune profile.safetensors placement.json --max-ranks 1 --balance 1.05 -o b.json").stdout;
     says(&text, &["Written to b.json, with weights of the ranks. Without them: load "]);
+    // Over its own input.
+    lab.ok("prune profile.safetensors b.json --max-ranks 1 --balance 1.05 -o b.json");
+    says(&lab.ok("export b.json --format vllm").stderr, &["weights of the ranks", "are left out"]);
     for (options, complaint) in [
         ("--balance 1.1", "--output"),
         ("-o x.json", "--balance"),

@@ -75,9 +75,7 @@ fn rows_counts_and_coactivation_come_back() {
         let routing = buf.view().unwrap();
         assert_eq!(profile.num_rows(l), Some(sizes[l]));
         assert_eq!(profile.counts(l).unwrap(), tokens_per_expert(&routing));
-        let mut graph = CoActivation::new(e);
-        graph.add(&routing);
-        assert_eq!(profile.coactivation(l).unwrap(), Some(graph));
+        assert_eq!(profile.coactivation(l).unwrap(), Some(CoActivation::of(&routing)));
         let all = profile.read_rows(l, Columns::ALL, usize::MAX).unwrap();
         assert_eq!(&all.routing, buf);
         assert_eq!(all.domains.as_ref(), Some(domains));

@@ -30,9 +30,9 @@ use occult_comm::{CommError, Communicator};
 use occult_kernels::ops::GradSink;
 use occult_kernels::{SparseRows, Threads};
 use occult_plan::cost::{Cut, LayerShape};
-use occult_plan::{DispatchPlan, ExpertRows, LayerPlacement, PruneStats, RoutingBuf, prune};
+use occult_plan::{DispatchPlan, ExpertRows, LayerPlacement, PruneSpec, PruneStats, RoutingBuf, prune};
 
-use crate::config::{LayerOptions, Overlap, Step};
+use crate::config::{LayerOptions, Overlap, Pruning, Step};
 use crate::error::{MoeError, Result, check_len};
 use crate::exchange::{DispatchHandle, Exchanger};
 use crate::overlap::{self, Pass};
@@ -170,8 +170,9 @@ impl ExpertParallelLayer {
         let mut routing = self.router.select(logits)?;
         let Some(pruning) = &self.options.pruning else { return Ok(Decision { routing, pruned: None }) };
         let (placement, topology) = (&self.placement, self.options.topology);
-        let rule = pruning.rule.rule();
-        let pruned = prune(&routing.view()?, placement, topology, rule, pruning.budget, &self.router.rule)?;
+        let Pruning { rule, budget } = pruning;
+        let spec = PruneSpec { rule: rule.rule(), budget: *budget, router: &self.router.rule };
+        let pruned = prune(&routing.view()?, placement, topology, spec)?;
         routing.expert_ids = pruned.routing.expert_ids;
         routing.weights = Some(self.router.weights(logits, &routing.expert_ids)?);
         Ok(Decision { routing, pruned: Some(pruned.stats) })

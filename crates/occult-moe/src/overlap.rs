@@ -80,8 +80,10 @@ fn passes(
     let slots =
         (0..topology.num_ranks()).map(|rank| placement.experts_of(rank as Rank).len()).max().unwrap_or(0);
     let weights = elements * shape.weight_dtype_bytes * slots as f64;
+    let out_s = wire(ID_BYTES + WEIGHT_BYTES);
     let forward = PassWork {
-        out_s: wire(ID_BYTES + WEIGHT_BYTES),
+        out_s,
+        duplex_s: out_s,
         back_s: wire(0.0),
         latency_s,
         compute_s,
@@ -89,7 +91,8 @@ fn passes(
         ..PassWork::default()
     };
     // Gradients of the rows cost what the forward products do, those of the weights the same again, for all parts at once.
-    let backward = PassWork { out_s: wire(0.0), back_s: wire(WEIGHT_BYTES), after_s: compute_s, ..forward };
+    let (out_s, back_s) = (wire(0.0), wire(WEIGHT_BYTES));
+    let backward = PassWork { out_s, duplex_s: out_s, back_s, after_s: compute_s, ..forward };
     [forward, backward]
 }
 

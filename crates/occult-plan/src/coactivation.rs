@@ -26,6 +26,13 @@ impl CoActivation {
         Self { num_experts, pairs: vec![0; num_experts * num_experts] }
     }
 
+    /// Of one table of tokens.
+    pub fn of(routing: &Routing<'_>) -> Self {
+        let mut graph = Self::new(routing.num_experts());
+        graph.add(routing);
+        graph
+    }
+
     /// From counts `[E, E]` that exist already: symmetric, and what the diagonal holds is dropped.
     pub fn from_counts(num_experts: usize, mut pairs: Vec<u64>) -> Result<Self> {
         let (expected, found) = (num_experts * num_experts, pairs.len());

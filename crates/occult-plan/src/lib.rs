@@ -35,7 +35,7 @@ pub use coactivation::{CoActivation, tokens_per_expert};
 pub use dispatch_plan::{DispatchPlan, RowExperts};
 pub use error::PlanError;
 pub use placement::{LayerPlacement, Placement};
-pub use prune::{Budget, PruneStats, Pruned, RouterRule, Rule, Scoring, prune};
+pub use prune::{Budget, PruneSpec, PruneStats, Pruned, RouterRule, Rule, Scoring, prune};
 pub use replicas::ReplicaChooser;
 pub use routing::{Routing, RoutingBuf};
 pub use similarity::{SimilarityAccumulator, SimilarityTable};

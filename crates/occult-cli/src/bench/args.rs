@@ -1,7 +1,7 @@
 //! Arguments of `occult bench exchange`, `layer` and `step`.
 
 use clap::{Args, ValueEnum};
-use occult_moe::Overlap;
+use occult_moe::{Overlap, Pass};
 
 use super::machine::Machine;
 use crate::model_args::{Dtype, at_least_one};
@@ -99,13 +99,13 @@ impl RunArgs {
         self.overlap.iter().flat_map(|&overlap| modes.iter().map(move |&mode| (mode, overlap))).collect()
     }
 
-    pub(crate) fn overlap(&self, overlap: OverlapArg, machine: &Machine) -> Overlap {
+    pub(crate) fn overlap(&self, overlap: OverlapArg, machine: &Machine, pass: Pass) -> Overlap {
         match overlap {
             OverlapArg::Off => Overlap::Off,
             // Nothing to hide behind.
             OverlapArg::Auto if machine.pooled => Overlap::Off,
             OverlapArg::On => Overlap::Chunks(self.chunks),
-            OverlapArg::Auto => Overlap::Auto(Box::new(machine.cluster.clone())),
+            OverlapArg::Auto => Overlap::Auto(Box::new(machine.cluster_in(pass))),
         }
     }
 }

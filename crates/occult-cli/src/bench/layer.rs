@@ -3,7 +3,7 @@
 use anyhow::Result;
 use occult_kernels::Threads;
 use occult_kernels::smm::ExpertDims;
-use occult_moe::ExpertParallelLayer;
+use occult_moe::{ExpertParallelLayer, Pass};
 use occult_plan::cost::Cut;
 
 use super::args::{BenchLayerArgs, RunArgs, ShapeArgs};
@@ -13,7 +13,7 @@ use super::measure::{Rows, forward, forward_backward};
 use super::predict::{self, Parts};
 use super::random::Random;
 use super::report::{Measured, Outcome};
-use super::rounds::{How, Pass, rounds};
+use super::rounds::{How, rounds};
 use super::setting::{Setting, check, routing_of};
 use crate::output::{print, print_json};
 use crate::setup;
@@ -46,28 +46,48 @@ pub(crate) fn share_cores(setting: &Setting, threads: usize) -> Result<bool> {
     Ok(one_process && setting.world() * threads > setup::threads(None))
 }
 
-/// The layer of every lane, and how its steps are cut.
+/// A mode with an overlap: its layer for each pass (what parts cost differs), and how its steps are cut.
+pub(crate) struct LaneLayers {
+    pub(crate) how: How,
+    inference: ExpertParallelLayer,
+    training: ExpertParallelLayer,
+}
+
+impl LaneLayers {
+    pub(crate) fn layer(&self, pass: Pass) -> &ExpertParallelLayer {
+        match pass {
+            Pass::Inference => &self.inference,
+            Pass::Training => &self.training,
+        }
+    }
+}
+
+/// The layers of every lane.
 pub(crate) fn layers(
     setting: &Setting,
     args: &ShapeArgs,
     run: &RunArgs,
     machine: &Machine,
     threads: &Threads,
-) -> Result<Vec<(ExpertParallelLayer, How)>> {
-    let lanes = run.lanes(&args.modes);
-    let layers = lanes.into_iter().map(|(mode, overlap)| {
-        let options = setting.options(mode, &run.overlap(overlap, machine), run.small_batch)?;
-        let layer = setting.layer(mode, options, threads)?;
-        let tokens = setting.step.tokens()[setting.comm.rank()];
-        let (d, f, step) = (setting.hidden, setting.ffn, Some(&setting.step));
-        let both = layer.cut(tokens, d, f, step, occult_moe::Pass::Training)?;
-        let forward = match predict::is_small(setting, layer.options()) {
-            true => Cut::WHOLE,
-            false => layer.cut(tokens, d, f, step, occult_moe::Pass::Inference)?,
+) -> Result<Vec<LaneLayers>> {
+    let tokens = setting.step.tokens()[setting.comm.rank()];
+    let lanes = run.lanes(&args.modes).into_iter().map(|(mode, overlap)| {
+        let layer = |pass| {
+            let options = setting.options(mode, &run.overlap(overlap, machine, pass), run.small_batch)?;
+            setting.layer(mode, options, threads)
         };
-        Ok((layer, How { mode, overlap, parts: Parts { forward, both } }))
+        let (inference, training) = (layer(Pass::Inference)?, layer(Pass::Training)?);
+        let cut = |layer: &ExpertParallelLayer, pass| {
+            layer.cut(tokens, setting.hidden, setting.ffn, Some(&setting.step), pass)
+        };
+        let forward = match predict::is_small(setting, inference.options()) {
+            true => Cut::WHOLE,
+            false => cut(&inference, Pass::Inference)?,
+        };
+        let parts = Parts { forward, both: cut(&training, Pass::Training)? };
+        Ok(LaneLayers { how: How { mode, overlap, parts }, inference, training })
     });
-    layers.collect()
+    lanes.collect()
 }
 
 fn measure(setting: &Setting, args: &ShapeArgs, run: &RunArgs) -> Result<Outcome> {
@@ -81,15 +101,18 @@ fn measure(setting: &Setting, args: &ShapeArgs, run: &RunArgs) -> Result<Outcome
     let machine = machine(setting, &experts, &threads, run.small_batch, run.backward, pooled)?;
     let layers = layers(setting, args, run, &machine, &threads)?;
     let rows = Rows::new(setting, setting.logits_of(rank))?;
-    let hows: Vec<How> = layers.iter().map(|(_, how)| *how).collect();
-    let lanes = rounds(setting, &hows, args, run.backward, |i, pass| match pass {
-        Pass::Forward => forward(setting, &layers[i].0, &experts, &rows).map(|(seconds, _)| seconds),
-        Pass::Both => forward_backward(setting, &layers[i].0, &experts, &rows),
+    let hows: Vec<How> = layers.iter().map(|lane| lane.how).collect();
+    let lanes = rounds(setting, &hows, args, run.backward, |i, pass| {
+        let layer = layers[i].layer(pass);
+        match pass {
+            Pass::Inference => forward(setting, layer, &experts, &rows).map(|(seconds, _)| seconds),
+            Pass::Training => forward_backward(setting, layer, &experts, &rows),
+        }
     })?;
     let after = peak_gflops(setting, &threads)?;
     let mut measured = Vec::with_capacity(lanes.len());
-    for (lane, (layer, how)) in lanes.into_iter().zip(&layers) {
-        let predicted = predict::mode(setting, layer, &machine, how.parts)?;
+    for (lane, of) in lanes.into_iter().zip(&layers) {
+        let predicted = predict::mode(setting, of.layer(Pass::Inference), &machine, of.how.parts)?;
         measured.push(Measured::checked(lane, predicted)?);
     }
     Ok(Outcome::new(setting, threads.count(), before.max(after), machine, measured))

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use occult_comm::{Buffer, Expect};
 use occult_kernels::{Threads, peak};
-use occult_moe::Overlap;
+use occult_moe::{Overlap, Pass};
 use occult_plan::cost::{Cluster, Compute, Cut, InterLink, Link, LinkEnd};
 use occult_plan::{LayerPlacement, Rank, RoutingBuf};
 
@@ -22,7 +22,7 @@ const PEAK_ROUNDS: usize = 10;
 const UNLIMITED: f64 = 1e15;
 const PROBES: usize = 5;
 /// Of a step, in the probe of what parts cost.
-const PARTS: usize = 4;
+const PARTS: usize = 8;
 /// Bytes per peer of the large probe, at least and at most.
 const LEAST_BYTES: usize = 1 << 12;
 const MOST_BYTES: usize = 8 << 20;
@@ -47,12 +47,25 @@ pub(crate) struct Rates {
 /// The same on every rank.
 #[derive(Debug, Clone)]
 pub(crate) struct Machine {
+    /// Its experts as in inference.
     pub(crate) cluster: Cluster,
+    /// Experts in either half of training, where it was asked for.
+    training: Option<Compute>,
     pub(crate) forward: Rates,
     /// Forward and backward together, where it was asked for.
     pub(crate) both: Option<Rates>,
     /// Ranks share cores: uneven load of ranks then evens out.
     pub(crate) pooled: bool,
+}
+
+impl Machine {
+    /// What the layer chooses its parts by: expert products cost what they cost in this pass.
+    pub(crate) fn cluster_in(&self, pass: Pass) -> Cluster {
+        match (pass, &self.training) {
+            (Pass::Training, Some(compute)) => Cluster { compute: *compute, ..self.cluster.clone() },
+            _ => self.cluster.clone(),
+        }
+    }
 }
 
 /// GFLOP/s of multiply-adds, all ranks at once (collective).
@@ -184,13 +197,15 @@ pub(crate) fn machine(
     } else {
         None
     };
-    let per_pair = 6.0 * (setting.hidden * setting.ffn) as f64;
-    let weights = per_pair / 2.0 * 4.0;
-    cluster.compute = Compute {
-        flops_per_s: per_pair / forward.compute_per_pair.max(1e-15),
-        memory_bandwidth_bytes_per_s: weights / forward.compute_per_expert.max(1e-15),
+    let flop = 6.0 * (setting.hidden * setting.ffn) as f64;
+    // `passes`: forward and backward are measured together, and taken to be alike.
+    let compute = |rates: &Rates, passes: f64| Compute {
+        flops_per_s: passes * flop / rates.compute_per_pair.max(1e-15),
+        memory_bandwidth_bytes_per_s: passes * flop / 2.0 * 4.0 / rates.compute_per_expert.max(1e-15),
     };
-    Ok(Machine { cluster, forward, both, pooled })
+    cluster.compute = compute(&forward, 1.0);
+    let training = both.as_ref().map(|rates| compute(rates, 2.0));
+    Ok(Machine { cluster, training, forward, both, pooled })
 }
 
 /// What a step asks of the ranks.

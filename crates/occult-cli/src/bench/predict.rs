@@ -154,9 +154,15 @@ impl Work {
             let ((out_s, latency_s), (back_s, _)) = (split(&out[first..]), split(&back[first..]));
             Within { out_s, back_s, part_s: (2.0 + f64::from(u8::from(counts))) * latency_s }
         });
+        // What the busiest end sends where it gets the most, or gets where it sends.
+        let other = |step: &ExchangeStep| {
+            let bytes = step.out_bytes[step.busiest].min(step.in_bytes[step.busiest]);
+            bytes / step.link.bandwidth_bytes_per_s
+        };
         PassWork {
             before_s,
             out_s,
+            duplex_s: out[..first].iter().map(other).sum(),
             back_s,
             latency_s,
             move_s,

@@ -4,20 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use occult_moe::Pass;
 
 use super::args::{ModeName, OverlapArg, ShapeArgs};
 use super::measure::{PassSeconds, StepSeconds};
 use super::predict::{Parts, WireBytes};
 use super::setting::Setting;
-
-/// Which pass of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pass {
-    /// Inference.
-    Forward,
-    /// Training: forward and backward.
-    Both,
-}
 
 /// How a lane runs.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +40,7 @@ pub(crate) fn rounds(
     backward: bool,
     mut step: impl FnMut(usize, Pass) -> Result<StepSeconds>,
 ) -> Result<Vec<Lane>> {
-    let passes: &[Pass] = if backward { &[Pass::Forward, Pass::Both] } else { &[Pass::Forward] };
+    let passes: &[Pass] = if backward { &[Pass::Inference, Pass::Training] } else { &[Pass::Inference] };
     let mut bytes = vec![WireBytes::default(); modes.len()];
     let mut steps = vec![[Vec::new(), Vec::new()]; modes.len()];
     let mut left = vec![[0u64; 2]; modes.len()];
@@ -71,8 +63,8 @@ pub(crate) fn rounds(
                 }
                 let sent = sent(setting)?;
                 match pass {
-                    Pass::Forward => bytes[i].forward = sent,
-                    Pass::Both => bytes[i].both = sent,
+                    Pass::Inference => bytes[i].forward = sent,
+                    Pass::Training => bytes[i].both = sent,
                 }
             }
         }

@@ -173,8 +173,7 @@ fn pick(rows: &RoutingBuf, which: &[usize]) -> RoutingBuf {
 /// to go by.
 fn logits(rows: &RoutingBuf, profiled: &Routing<'_>) -> Vec<f32> {
     let (e, k) = (rows.num_experts, rows.top_k);
-    let mut pairs = CoActivation::new(e);
-    pairs.add(profiled);
+    let pairs = CoActivation::of(profiled);
     let mut logits = Vec::with_capacity(rows.num_tokens() * e);
     let mut order: Vec<usize> = Vec::with_capacity(e);
     for (row, ids) in rows.expert_ids.chunks_exact(k).enumerate() {

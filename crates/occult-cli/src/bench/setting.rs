@@ -11,7 +11,7 @@ use occult_plan::placement::search::{self, SearchOptions};
 use occult_plan::placement::{apart, contiguous};
 use occult_plan::prune::balance;
 use occult_plan::{
-    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, Rank, RoutingBuf, Topology,
+    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, PruneSpec, Rank, RoutingBuf, Topology,
 };
 
 use super::args::{ModeName, ShapeArgs};
@@ -177,9 +177,7 @@ impl Setting {
 
 /// Every rank finds the same: it takes no time.
 fn place_apart(profiled: &RoutingBuf, num_ranks: usize, seed: u64) -> Result<LayerPlacement> {
-    let mut pairs = CoActivation::new(profiled.num_experts);
-    pairs.add(&profiled.view()?);
-    Ok(apart::place(&pairs, num_ranks, seed)?)
+    Ok(apart::place(&CoActivation::of(&profiled.view()?), num_ranks, seed)?)
 }
 
 /// Rank 0 searches, the others are told.
@@ -219,8 +217,8 @@ fn balance_once(
     let mut weights = Vec::new();
     if comm.rank() == 0 {
         let budget = Budget::Fixed { max_ranks: mode.max_ranks().unwrap_or(topology.num_ranks()) };
-        let (rows, router) = (routing.profiled.view()?, &routing.router.rule);
-        let found = balance(&rows, searched, topology, PRUNE_RULE.rule(), budget, router, load_cap)?;
+        let spec = PruneSpec { rule: PRUNE_RULE.rule(), budget, router: &routing.router.rule };
+        let found = balance(&routing.profiled.view()?, searched, topology, spec, load_cap)?;
         weights = found.placement.rank_weights().unwrap_or_default().to_vec();
     }
     let buffer = comm.broadcast("bench weights of ranks", 0, Buffer::from_slice(&weights))?;

@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor, Var};
 use occult_kernels::Threads;
 use occult_kernels::ops::{AttentionShape, attention, linear, rms_norm};
 use occult_kernels::smm::ExpertDims;
-use occult_moe::{ExpertParallelLayer, PhaseSeconds, all_reduce_gradients};
+use occult_moe::{ExpertParallelLayer, Pass, PhaseSeconds, all_reduce_gradients};
 
 use super::args::{BenchStepArgs, RunArgs, ShapeArgs};
 use super::experts::Experts;
@@ -18,7 +18,7 @@ use super::measure::{PassSeconds, Rows, StepSeconds, values};
 use super::predict;
 use super::random::Random;
 use super::report::{Measured, Outcome};
-use super::rounds::{How, Pass, gather, rounds};
+use super::rounds::{How, gather, rounds};
 use super::setting::{Setting, check, routing_of};
 use crate::output::{print, print_json};
 use crate::world::run_world;
@@ -96,8 +96,8 @@ impl Stack<'_> {
         self.setting.comm.barrier("bench step")?;
         let begin = Instant::now();
         match pass {
-            Pass::Forward => self.inference(layer)?,
-            Pass::Both => self.train(layer)?,
+            Pass::Inference => self.inference(layer)?,
+            Pass::Training => self.train(layer)?,
         }
         let total = begin.elapsed().as_secs_f64();
         let phases = layer.map_or_else(PhaseSeconds::default, ExpertParallelLayer::take_seconds);
@@ -167,15 +167,16 @@ fn measure(setting: &Setting, args: &ShapeArgs, run: &RunArgs, num_layers: usize
     let pooled = share_cores(setting, threads.count())?;
     let before = peak_gflops(setting, &threads)?;
     let machine = machine(setting, &stack.experts[0], &threads, run.small_batch, run.backward, pooled)?;
-    let dense_forward = stack.dense_seconds(Pass::Forward)?;
-    let dense_both = if run.backward { stack.dense_seconds(Pass::Both)? } else { 0.0 };
+    let dense_forward = stack.dense_seconds(Pass::Inference)?;
+    let dense_both = if run.backward { stack.dense_seconds(Pass::Training)? } else { 0.0 };
     let layers = layers(setting, args, run, &machine, &threads)?;
-    let hows: Vec<How> = layers.iter().map(|(_, how)| *how).collect();
-    let lanes = rounds(setting, &hows, args, run.backward, |i, pass| stack.step(Some(&layers[i].0), pass))?;
+    let hows: Vec<How> = layers.iter().map(|lane| lane.how).collect();
+    let step = |i: usize, pass| stack.step(Some(layers[i].layer(pass)), pass);
+    let lanes = rounds(setting, &hows, args, run.backward, step)?;
     let after = peak_gflops(setting, &threads)?;
     let mut measured = Vec::with_capacity(lanes.len());
-    for (lane, (layer, how)) in lanes.into_iter().zip(&layers) {
-        let predicted = predict::mode(setting, layer, &machine, how.parts)?;
+    for (lane, of) in lanes.into_iter().zip(&layers) {
+        let predicted = predict::mode(setting, of.layer(Pass::Inference), &machine, of.how.parts)?;
         measured.push(Measured::checked(lane, predicted.times(num_layers, dense_forward, dense_both))?);
     }
     let outcome = Outcome::new(setting, threads.count(), before.max(after), machine, measured);

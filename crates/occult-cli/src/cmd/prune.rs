@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::args::{PruneArgs, PruneRule};
 use crate::exit::Usage;
 use crate::output::{Table, figure, print, print_json};
-use crate::pruning::{self, PrunedLayer};
+use crate::pruning::{self, How, PrunedLayer};
 use crate::{parallel, progress, setup};
 
 pub(super) fn run(args: &PruneArgs) -> Result<()> {
@@ -24,6 +24,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
     let topology = file.placement.topology();
     let budget = args.adaptive.budget(args.max_ranks);
     let router = setup::router_rule(profile.meta(), args.norm_topk_prob);
+    let how = How { rule: args.rule, budget, router: &router };
     let threads = setup::threads(args.threads);
     let prune = |placement: &Placement| {
         let bar = progress::bar(profile.num_layers() as u64, "layers");
@@ -32,7 +33,7 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
             let pruned = if args.ranks_only {
                 pruning::choose_ranks(&profile, layer, placement, topology, budget)
             } else {
-                pruning::prune_layer(&profile, layer, placement, topology, args.rule, budget, &router)
+                pruning::prune_layer(&profile, layer, placement, topology, how)
             };
             bar.inc(1);
             pruned
@@ -46,8 +47,8 @@ pub(super) fn run(args: &PruneArgs) -> Result<()> {
         let bar = progress::bar(profile.num_layers() as u64, "layers balanced");
         let balanced = parallel::map_ordered(profile.num_layers(), threads, |layer| {
             let placement = &file.placement.layers()[layer];
-            let (how, within) = ((args.rule, budget), (load_cap, args.max_tokens));
-            let balanced = pruning::balance_layer(&profile, layer, placement, topology, how, &router, within);
+            let within = (load_cap, args.max_tokens);
+            let balanced = pruning::balance_layer(&profile, layer, placement, topology, how, within);
             bar.inc(1);
             balanced
         });

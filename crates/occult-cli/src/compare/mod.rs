@@ -10,7 +10,7 @@ use occult_formats::{Columns, PlacementFile, Profile};
 use occult_plan::placement::Method;
 use occult_plan::prune::best_mass_ranks_only;
 use occult_plan::{
-    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, PruneStats, RoutingBuf,
+    Budget, CoActivation, HomeRanks, LayerPlacement, LayerTraffic, PruneSpec, PruneStats, RoutingBuf,
     SimilarityAccumulator, Topology, prune,
 };
 
@@ -140,8 +140,7 @@ fn compare_layer(
         let copies = figures.summary.map_or(f64::NAN, |s| s.copies_per_token);
         frontier.push((copies, figures.load_max_over_mean()));
     }
-    let mut pairs = CoActivation::new(rows.train.num_experts);
-    pairs.add(&rows.train.view()?);
+    let pairs = CoActivation::of(&rows.train.view()?);
     let count = |rows: &RoutingBuf| anyhow::Ok(rows.view()?.weighted_rows().map(|(_, n)| n).sum::<u64>());
     let eval_tokens = count(&rows.eval)?;
     let tokens = if request.search.holdout > 0.0 { eval_tokens + count(&rows.train)? } else { eval_tokens };
@@ -172,7 +171,8 @@ fn prune_layer(
         for name in PruneRule::ALL {
             let rule = name.with(Some(&table)).context("the similarity rule has no table")?;
             for &(shown, budget) in &budgets {
-                let result = prune(&eval, placement, topology, rule.rule(), budget, &router)?;
+                let spec = PruneSpec { rule: rule.rule(), budget, router: &router };
+                let result = prune(&eval, placement, topology, spec)?;
                 let traffic =
                     LayerTraffic::measure(placement, topology, HomeRanks::Uniform, &result.routing.view()?)?;
                 pruned.push(PrunedLayer {

@@ -96,7 +96,7 @@ pub(super) fn ranks(
         }
     };
     let placement = &file.placement;
-    if args.replace_placement.is_some() && placement.layers().iter().any(|l| l.rank_weights().is_some()) {
+    if args.replace_placement.is_some() && placement.has_rank_weights() {
         bail!(
             "--replace-placement: the placement has weights of its ranks (`occult prune --balance`), another one would have none"
         );

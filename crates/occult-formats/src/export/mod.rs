@@ -49,12 +49,17 @@ pub struct Exported {
 
 /// Writes a placement in the format of another engine.
 pub fn export(file: &PlacementFile, format: ExportFormat, options: &ExportOptions) -> Result<Exported> {
-    match format {
+    let mut exported = match format {
         ExportFormat::Sglang => sglang::write(file, options),
         ExportFormat::Vllm => vllm::write(file, options),
         ExportFormat::VllmAscend => ascend::write(file, options),
         ExportFormat::TensorrtLlm => tensorrt_llm::write(file, options),
         ExportFormat::Eplb => eplb::write(file, options),
         ExportFormat::Permutation => permutation::write(file, options),
+    }?;
+    if file.placement.has_rank_weights() {
+        let note = "weights of the ranks, by which pruning chooses a token's ranks, have no place in this format and are left out";
+        exported.notes.push(note.to_owned());
     }
+    Ok(exported)
 }

@@ -7,6 +7,8 @@ use std::ops::Range;
 pub const MAX_PARTS: usize = 16;
 /// How much larger inner parts may be. More left hardly anything at the ends to hide.
 const MAX_INNER: usize = 3;
+/// How much more than the least time is as good, for fewer parts.
+const NEARLY: f64 = 0.03;
 
 /// How a rank's tokens are cut into consecutive parts. Nothing can be computed before the first part is there, and nothing is
 /// left to compute when the last one goes back: smaller ones at the ends expose less wire, where compute hides the rest.
@@ -81,6 +83,9 @@ pub struct PassWork {
     pub before_s: f64,
     /// Wire to the experts, without latency.
     pub out_s: f64,
+    /// Of the way out what takes up the direction that the way back needs: less than `out_s` where a rank gets more rows than
+    /// it sends, or sends more than it gets. Links are full duplex.
+    pub duplex_s: f64,
     /// Wire back, without latency.
     pub back_s: f64,
     /// Latency of each exchange of each part.
@@ -148,12 +153,13 @@ impl PassWork {
         let mut arrivals = Vec::with_capacity(cut.parts);
         for share in cut.shares() {
             rank.now += share * step;
-            arrivals.push(rank.send(share * self.out_s + self.latency_s));
+            let [out_s, duplex_s] = [self.out_s, self.duplex_s].map(|s| share * s + self.latency_s);
+            arrivals.push(rank.send_out(out_s, duplex_s));
         }
         let mut returns = Vec::with_capacity(arrivals.len());
         let mut send_back = |rank: &mut Rank, share: f64| {
             rank.wait_for(rank.now + share * within.back_s);
-            returns.push(rank.send(share * self.back_s + self.latency_s));
+            returns.push(rank.send_back(share * self.back_s + self.latency_s));
         };
         let mut held = None;
         for (share, arrival) in cut.shares().zip(arrivals) {
@@ -191,15 +197,23 @@ impl PassWork {
 #[derive(Default)]
 struct Rank {
     now: f64,
-    wire_free: f64,
+    /// When the wire is free in the direction of the way out, and in that of the way back.
+    out_free: f64,
+    back_free: f64,
     exposed: f64,
 }
 
 impl Rank {
-    /// When a message of so many seconds, handed over now, has arrived.
-    fn send(&mut self, seconds: f64) -> f64 {
-        self.wire_free = self.wire_free.max(self.now) + seconds;
-        self.wire_free
+    /// When a message of so many seconds, handed over now, has arrived; the seconds that it takes the other direction.
+    fn send_out(&mut self, seconds: f64, duplex_s: f64) -> f64 {
+        self.out_free = self.out_free.max(self.now) + seconds;
+        self.back_free = self.back_free.max(self.now) + duplex_s;
+        self.out_free
+    }
+
+    fn send_back(&mut self, seconds: f64) -> f64 {
+        self.back_free = self.back_free.max(self.now) + seconds;
+        self.back_free
     }
 
     fn wait_for(&mut self, time: f64) {
@@ -208,22 +222,23 @@ impl Rank {
     }
 }
 
-/// The cut into at most `most` and [`MAX_PARTS`] parts with which the passes together take the least time; among equals the
-/// one with the fewest and most even parts.
+/// Of the cuts into at most `most` and [`MAX_PARTS`] parts, the one with the fewest parts whose time for the passes together is
+/// the least or nearly so: what the schedule does not know (rows are noticed a little late, small products take longer) grows
+/// with the parts. Sizes are those with the least time, among equals the most even ones.
 pub fn best_cut(passes: &[PassWork], most: usize) -> Cut {
     let total = |cut: Cut| passes.iter().map(|pass| pass.timeline(cut).total_s).sum::<f64>();
-    let mut best = (Cut::WHOLE, total(Cut::WHOLE));
-    for parts in 2..=most.min(MAX_PARTS) {
-        for inner in 1..=MAX_INNER {
-            let cut = Cut::even(parts).with_inner(inner);
-            let seconds = total(cut);
-            // What rounding alone makes less is not less.
-            if seconds < best.1 * (1.0 - 1e-9) {
-                best = (cut, seconds);
-            }
-        }
-    }
-    best.0
+    let of_parts = |parts: usize| {
+        let cuts =
+            (1..=MAX_INNER).map(|inner| Cut::even(parts).with_inner(inner)).map(|cut| (cut, total(cut)));
+        // What rounding alone makes less is not less.
+        cuts.fold(
+            (Cut::even(parts), f64::INFINITY),
+            |best, of| if of.1 < best.1 * (1.0 - 1e-9) { of } else { best },
+        )
+    };
+    let best: Vec<(Cut, f64)> = (1..=most.clamp(1, MAX_PARTS)).map(of_parts).collect();
+    let least = best.iter().map(|of| of.1).fold(f64::INFINITY, f64::min);
+    best.iter().find(|of| of.1 <= least * (1.0 + NEARLY)).map_or(Cut::WHOLE, |of| of.0)
 }
 
 #[cfg(test)]
@@ -237,6 +252,7 @@ mod tests {
     const WORK: PassWork = PassWork {
         before_s: 1.0,
         out_s: 8.0,
+        duplex_s: 8.0,
         back_s: 4.0,
         latency_s: 0.5,
         move_s: 2.0,
@@ -266,11 +282,25 @@ mod tests {
 
     #[test]
     fn the_wire_carries_one_message_at_a_time() {
-        let work = PassWork { out_s: 40.0, back_s: 40.0, compute_s: 1.0, ..PassWork::default() };
+        let work =
+            PassWork { out_s: 40.0, duplex_s: 40.0, back_s: 40.0, compute_s: 1.0, ..PassWork::default() };
         let n = work.timeline(Cut::even(4));
         // Never idle: the first part is on its way back behind the last one that comes.
         assert!(close(n.total_s, 80.0), "{n:?}");
         assert!(close(work.timeline(Cut::WHOLE).total_s, 81.0));
+    }
+
+    #[test]
+    fn a_rank_that_gets_more_than_it_sends_begins_to_answer_early() {
+        let work =
+            PassWork { out_s: 40.0, duplex_s: 20.0, back_s: 40.0, compute_s: 2.0, ..PassWork::default() };
+        let total = |cut| work.timeline(cut).total_s;
+        assert!(close(total(Cut::WHOLE), 82.0));
+        // Parts come at 20 and 40. What it sends out itself is gone at 20, so the answer to the first leaves at 21, that to
+        // the second at 41.
+        assert!(close(total(Cut::even(2)), 61.0));
+        // Never less than what leaves the rank.
+        assert!(close(total(Cut::even(4)), 60.0));
     }
 
     #[test]
@@ -339,7 +369,8 @@ mod tests {
         let slow = PassWork { compute_s: 40.0, latency_s: 0.0, ..WORK };
         assert_eq!(best_cut(&[slow], 3), Cut::even(3).with_inner(3));
         // Where the wire is never idle, uneven parts gain nothing.
-        let wire = PassWork { out_s: 40.0, back_s: 40.0, compute_s: 1.0, ..PassWork::default() };
+        let wire =
+            PassWork { out_s: 40.0, duplex_s: 40.0, back_s: 40.0, compute_s: 1.0, ..PassWork::default() };
         assert_eq!(best_cut(&[wire], 3).inner(), 1);
     }
 

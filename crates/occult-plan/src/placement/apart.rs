@@ -116,12 +116,6 @@ mod tests {
         tokens.sum()
     }
 
-    fn graph_of(routing: &Routing<'_>) -> CoActivation {
-        let mut graph = CoActivation::new(routing.num_experts());
-        graph.add(routing);
-        graph
-    }
-
     proptest! {
         #[test]
         fn swaps_change_what_the_definition_says_and_never_make_it_worse(
@@ -137,7 +131,7 @@ mod tests {
                 ids.extend_from_slice(&set[..4]);
             }
             let routing = Routing::new(9, 4, &ids).unwrap();
-            let graph = graph_of(&routing);
+            let graph = CoActivation::of(&routing);
             let start = contiguous::place(9, num_ranks).unwrap();
             let mut search = Search::new(&graph, &start);
             prop_assert_eq!(search.together, together(&start, &routing));
@@ -161,7 +155,7 @@ mod tests {
         // Experts 2i and 2i + 1 are always chosen together.
         let ids = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 6, 7];
         let routing = Routing::new(8, 2, &ids).unwrap();
-        let placed = place(&graph_of(&routing), 2, 0).unwrap();
+        let placed = place(&CoActivation::of(&routing), 2, 0).unwrap();
         for pair in 0..4u16 {
             assert_ne!(placed.ranks_of(2 * pair), placed.ranks_of(2 * pair + 1));
         }

@@ -210,6 +210,11 @@ impl Placement {
         self.topology
     }
 
+    /// Whether any layer has weights of its ranks ([`LayerPlacement::with_rank_weights`]).
+    pub fn has_rank_weights(&self) -> bool {
+        self.layers.iter().any(|layer| layer.rank_weights.is_some())
+    }
+
     /// One table per MoE layer.
     pub fn layers(&self) -> &[LayerPlacement] {
         &self.layers

@@ -1,6 +1,6 @@
 //! Weights of ranks under which pruning loads the ranks evenly.
 
-use super::{Budget, PruneStats, RouterRule, Rule, prune};
+use super::{PruneSpec, PruneStats, Rule, prune};
 use crate::{HomeRanks, LayerPlacement, LayerTraffic, PlanError, Result, Routing, Topology};
 
 /// Prunings of the whole routing on the way to the weights.
@@ -21,9 +21,9 @@ pub struct Balanced {
     pub load_max_over_mean: f64,
 }
 
-/// Finds weights of the ranks ([`LayerPlacement::with_rank_weights`]) with which pruning by `rule` and `budget` leaves no
-/// rank with more than `load_cap` times the mean load, and loses as little routing mass as may be. A token's ranks then
-/// depend on the token alone, whatever it is computed with.
+/// Finds weights of the ranks ([`LayerPlacement::with_rank_weights`]) with which pruning as `spec` says leaves no rank with
+/// more than `load_cap` times the mean load, and loses as little routing mass as may be. A token's ranks then depend on the
+/// token alone, whatever it is computed with.
 ///
 /// Dual ascent: a rank above the cap loses weight in proportion to its excess, one below it regains weight up to 1, in
 /// steps that get smaller. Of all rounds the one that keeps to the cap with the most mass wins, otherwise the most even one.
@@ -35,12 +35,10 @@ pub fn balance(
     routing: &Routing<'_>,
     placement: &LayerPlacement,
     topology: Topology,
-    rule: Rule<'_>,
-    budget: Budget,
-    router: &RouterRule,
+    spec: PruneSpec<'_>,
     load_cap: f64,
 ) -> Result<Balanced> {
-    if !matches!(rule, Rule::BestMass | Rule::LeastError) {
+    if !matches!(spec.rule, Rule::BestMass | Rule::LeastError) {
         return Err(PlanError::range(
             "the rule that loads ranks evenly",
             "best-mass or least-error",
@@ -57,7 +55,7 @@ pub fn balance(
     for round in 0..ROUNDS {
         let weights = lost.iter().map(|&l| libm::exp(-l) as f32).collect();
         let placement = placement.clone().with_rank_weights(weights)?;
-        let pruned = prune(routing, &placement, topology, rule, budget, router)?;
+        let pruned = prune(routing, &placement, topology, spec)?;
         let traffic =
             LayerTraffic::measure(&placement, topology, HomeRanks::Uniform, &pruned.routing.view()?)?;
         let load_max_over_mean = traffic.summary().load_max_over_mean;

@@ -118,6 +118,17 @@ impl Budget {
     }
 }
 
+/// How the tokens of a layer are pruned.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PruneSpec<'a> {
+    /// How ranks and experts are found.
+    pub rule: Rule<'a>,
+    /// How many ranks.
+    pub budget: Budget,
+    /// How the model weighs the experts that are kept.
+    pub router: &'a RouterRule,
+}
+
 /// Pruned routing, and what pruning did.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pruned {
@@ -136,15 +147,13 @@ pub fn prune(
     routing: &Routing<'_>,
     placement: &LayerPlacement,
     topology: Topology,
-    rule: Rule<'_>,
-    budget: Budget,
-    router: &RouterRule,
+    spec: PruneSpec<'_>,
 ) -> Result<Pruned> {
     let num_experts = routing.num_experts();
     check_placement(routing, placement, topology)?;
-    budget.check()?;
-    router.check(num_experts)?;
-    if let Rule::Similarity(table) = rule
+    spec.budget.check()?;
+    spec.router.check(num_experts)?;
+    if let Rule::Similarity(table) = spec.rule
         && table.num_experts() != num_experts
     {
         let (expected, found) = (num_experts, table.num_experts());
@@ -166,7 +175,7 @@ pub fn prune(
         },
         stats: PruneStats::default(),
     };
-    let mut pruner = Pruner::new(routing, placement, topology, rule, budget, router);
+    let mut pruner = Pruner::new(routing, placement, topology, spec);
     for (row, logits) in scores.chunks_exact(num_experts).enumerate() {
         let entries = row * routing.top_k()..(row + 1) * routing.top_k();
         let weights = pruned.routing.weights.as_mut().map(|weights| &mut weights[entries.clone()]);

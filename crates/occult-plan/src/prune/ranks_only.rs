@@ -1,6 +1,6 @@
 //! The decision of [`Rule::BestMass`] where only the chosen experts' weights are known.
 
-use super::{Budget, PruneStats, RouterRule, Rule, prune};
+use super::{Budget, PruneSpec, PruneStats, RouterRule, Rule, prune};
 use crate::{LayerPlacement, PlanError, Result, Routing, Topology};
 
 /// Stands for "never chosen": its probability is zero beside any chosen expert's.
@@ -42,8 +42,8 @@ pub fn best_mass_ranks_only(
             .map(|row| u32::try_from(routing.occurrences(i * block + row)).unwrap_or(u32::MAX))
             .collect();
         let rows = Routing::new(e, k, ids)?.with_scores(&scores)?.with_occurrences(&occurrences)?;
-        let router = RouterRule::softmax(true);
-        stats.merge(&prune(&rows, placement, topology, Rule::BestMass, budget, &router)?.stats);
+        let spec = PruneSpec { rule: Rule::BestMass, budget, router: &RouterRule::softmax(true) };
+        stats.merge(&prune(&rows, placement, topology, spec)?.stats);
     }
     Ok(stats)
 }
@@ -74,9 +74,8 @@ mod tests {
         let topology = Topology::flat(w).unwrap();
         for budget in [Budget::Fixed { max_ranks: 2 }, Budget::Adaptive { max_ranks: 3, share: 0.8 }] {
             let with_scores = routing.with_scores(&logits).unwrap();
-            let rule = RouterRule::softmax(false);
-            let full =
-                prune(&with_scores, &placement, topology, Rule::BestMass, budget, &rule).unwrap().stats;
+            let spec = PruneSpec { rule: Rule::BestMass, budget, router: &RouterRule::softmax(false) };
+            let full = prune(&with_scores, &placement, topology, spec).unwrap().stats;
             let with_weights = routing.with_weights(&weights).unwrap();
             let ranks = best_mass_ranks_only(&with_weights, &placement, topology, budget).unwrap();
             assert_eq!(ranks.copies_after, full.copies_after);
@@ -85,10 +84,7 @@ mod tests {
             let alone = (0..rows).map(|t| {
                 let row = Routing::new(e, k, &ids[t * k..(t + 1) * k]).unwrap();
                 let row = row.with_scores(&logits[t * e..(t + 1) * e]).unwrap();
-                prune(&row, &placement, topology, Rule::BestMass, budget, &rule)
-                    .unwrap()
-                    .stats
-                    .retained_mass()
+                prune(&row, &placement, topology, spec).unwrap().stats.retained_mass()
             });
             let mean = alone.sum::<f64>() / rows as f64;
             assert!((ranks.retained_mass() - mean).abs() < 1e-5, "{} {mean}", ranks.retained_mass());

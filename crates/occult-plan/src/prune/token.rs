@@ -1,6 +1,6 @@
 //! The pruning of one token.
 
-use super::{Budget, PruneStats, RouterRule, Rule, rank_set::RankSet, rules};
+use super::{Budget, PruneSpec, PruneStats, RouterRule, Rule, rank_set::RankSet, rules};
 use crate::{ExpertId, LayerPlacement, Rank, ReplicaChooser, Routing, Topology};
 
 /// Prunes token by token; everything but the arguments of `prune` is working memory for one token.
@@ -32,9 +32,7 @@ impl<'a> Pruner<'a> {
         routing: &Routing<'_>,
         placement: &'a LayerPlacement,
         topology: Topology,
-        rule: Rule<'a>,
-        budget: Budget,
-        router: &'a RouterRule,
+        PruneSpec { rule, budget, router }: PruneSpec<'a>,
     ) -> Self {
         let (num_experts, top_k) = (routing.num_experts(), routing.top_k());
         Self {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use occult_plan::{
-    Budget, LayerPlacement, Pruned, RouterRule, RoutingBuf, Rule, Scoring, SimilarityAccumulator,
+    Budget, LayerPlacement, PruneSpec, Pruned, RouterRule, RoutingBuf, Rule, Scoring, SimilarityAccumulator,
     SimilarityTable, Topology, prune,
 };
 use proptest::prelude::*;
@@ -25,7 +25,8 @@ fn table(case: &Case) -> SimilarityTable {
 }
 
 fn run(case: &Case, rule: Rule<'_>, budget: Budget, router: &RouterRule) -> Pruned {
-    prune(&case.routing(), &case.placement, case.topology(), rule, budget, router).unwrap()
+    let spec = PruneSpec { rule, budget, router };
+    prune(&case.routing(), &case.placement, case.topology(), spec).unwrap()
 }
 
 fn tokens<'a>(case: &'a Case, router: &'a RouterRule) -> impl Iterator<Item = Token<'a>> {
@@ -302,7 +303,8 @@ fn balanced_pruning_moves_those_who_lose_least() {
     let case = Case { routing, placement };
     let (one, router) = (Budget::Fixed { max_ranks: 1 }, RouterRule::softmax(true));
     let try_with = |rule, load_cap| {
-        prune::balance(&case.routing(), &case.placement, case.topology(), rule, one, &router, load_cap)
+        let spec = PruneSpec { rule, budget: one, router: &router };
+        prune::balance(&case.routing(), &case.placement, case.topology(), spec, load_cap)
     };
     let plain = run(&case, Rule::BestMass, one, &router).stats;
     // All on rank 0. At 2.1 the third that hardly minds moves, and nobody else.
@@ -421,7 +423,8 @@ fn what_is_missing_or_makes_no_sense_is_named() {
     let (case, router) = (example(), RouterRule::softmax(false));
     let try_with = |routing: &RoutingBuf, rule: Rule<'_>, budget: Budget, router: &RouterRule| {
         let topology = Topology::flat(3).unwrap();
-        let result = prune(&routing.view().unwrap(), &case.placement, topology, rule, budget, router);
+        let spec = PruneSpec { rule, budget, router };
+        let result = prune(&routing.view().unwrap(), &case.placement, topology, spec);
         result.unwrap_err().to_string()
     };
     let two = Budget::Fixed { max_ranks: 2 };

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::Tensor;
 use occult_model::{ModelError, ModelParameters, MoeLayer, MoeOutput, Router, StackedExperts, Threads};
 use occult_moe::{ExpertParallelLayer, ExpertTensors, MoeError, PruneRule};
-use occult_plan::{Budget, ExpertId, LayerPlacement, RoutingBuf, Topology, prune};
+use occult_plan::{Budget, ExpertId, LayerPlacement, PruneSpec, RoutingBuf, Topology, prune};
 
 use crate::error::{Result, TrainError};
 use crate::model::ranks::ExpertRanks;
@@ -85,7 +85,8 @@ impl TrainedExperts {
         let Some(Limit { placement, topology, rule, budget }) = &self.limit else { return Ok(routing) };
         let failed = |source: MoeError| ModelError::Moe { layer: self.number, source };
         let view = routing.view().map_err(|e| failed(e.into()))?;
-        let pruned = prune(&view, placement, *topology, rule.rule(), *budget, &self.router.rule().rule);
+        let spec = PruneSpec { rule: rule.rule(), budget: *budget, router: &self.router.rule().rule };
+        let pruned = prune(&view, placement, *topology, spec);
         let pruned = pruned.map_err(|e| failed(e.into()))?.routing.expert_ids;
         self.choices.put(std::mem::replace(&mut routing.expert_ids, pruned));
         Ok(routing)
