@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Guarded, Layer, Rng, STORED, Stored, Weight, assert_close, budgets};
+use common::{Guarded, Layer, Rng, STORED, Stored, Weight, assert_close, assert_within, budgets};
 use occult_kernels::SparseRows;
 use occult_kernels::linear::{self, LinearDims};
 use occult_kernels::smm::{
@@ -49,6 +49,24 @@ fn check_linear(seed: u64, stored: Stored, dims: LinearDims) {
     }
 }
 
+/// Sums of the absolute terms of each gradient of a row's weight, `[N]`: activation times its gradient.
+fn row_weight_terms(layer: &Layer, pre: &[f32], dy: &[f32]) -> Vec<f32> {
+    let ExpertDims { hidden: d, intermediate: f } = layer.dims;
+    let mut sums = vec![0.0; layer.rows.num_expanded()];
+    for (expert, w_down) in layer.down().iter().enumerate() {
+        for n in layer.rows.expanded_of(expert) {
+            let (gate, up) = pre[n * 2 * f..][..2 * f].split_at(f);
+            let dy = &dy[layer.rows.row_idx()[n] as usize * d..][..d];
+            let terms = (0..f).map(|k| {
+                let gradient: f32 = (0..d).map(|j| dy[j] * w_down.at(j * f + k)).sum();
+                (gate[k] / (1.0 + (-gate[k]).exp()) * up[k] * gradient).abs()
+            });
+            sums[n] = terms.sum();
+        }
+    }
+    sums
+}
+
 fn check_layer(layer: &Layer, stored: Stored) {
     let (rows, dims) = (&layer.rows, layer.dims);
     let ExpertDims { hidden: d, intermediate: f } = dims;
@@ -79,6 +97,8 @@ fn check_layer(layer: &Layer, stored: Stored) {
     let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: Some(&mut d_up) };
     smm::reference::scatter_bwd(rows, dims, x, &up, &d_pre, grads);
 
+    let largest_row_weight_terms = row_weight_terms(layer, &pre, dy).into_iter().fold(0.0, f32::max);
+
     for threads in budgets(2) {
         let what = |op: &str| format!("{op} R {r} N {n} {dims:?} {stored:?} {:?}", threads.instruction_set());
         let mut found = Guarded::unset(pre.len());
@@ -104,7 +124,13 @@ fn check_layer(layer: &Layer, stored: Stored) {
             };
             smm::merge_bwd(&threads, rows, dims, inputs, dy, grads).unwrap();
             assert_close(&what("d_pre"), found.0.checked(), &d_pre);
-            assert_close(&what("d_row_weights"), found.1.checked(), &d_row_weights);
+            // One value per row, so there may be one alone, and its terms may cancel.
+            assert_within(
+                &what("d_row_weights"),
+                found.1.checked(),
+                &d_row_weights,
+                largest_row_weight_terms,
+            );
             assert_close(&what("d_w_down"), found.2.checked(), &d_down);
             if keep {
                 assert_close(&what("act"), kept.checked(), &act);

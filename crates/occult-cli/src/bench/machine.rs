@@ -22,7 +22,7 @@ const PEAK_ROUNDS: usize = 10;
 const UNLIMITED: f64 = 1e15;
 const PROBES: usize = 5;
 /// Of a step, in the probe of what parts cost.
-const PARTS: usize = 8;
+const PARTS: usize = 4;
 /// Bytes per peer of the large probe, at least and at most.
 const LEAST_BYTES: usize = 1 << 12;
 const MOST_BYTES: usize = 8 << 20;

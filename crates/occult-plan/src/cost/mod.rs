@@ -34,16 +34,18 @@
 //! sample of that many independent tokens would touch on average, `1 - (1 - share)^tokens` for each.
 
 mod cluster;
+mod cut;
 mod exchange;
 mod explain;
 mod predict;
 mod schedule;
 
 pub use cluster::{Cluster, Compute, InterLink, Link, LinkEnd};
+pub use cut::Cut;
 pub use exchange::{Exchange, ExchangeStep, ExchangeTime};
 pub use explain::explain;
 pub use predict::{ComputeTime, LayerShape, PassTime, StepTime, predict};
-pub use schedule::{Cut, MAX_PARTS, PassWork, Timeline, Within, best_cut};
+pub use schedule::{MAX_PARTS, PassWork, Timeline, Within, best_cut};
 
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,6 @@
 //! A pass cut into parts, on one rank's wire and its cores.
 
-use std::fmt;
-use std::ops::Range;
+use super::Cut;
 
 /// More parts gain nothing that is worth the messages.
 pub const MAX_PARTS: usize = 16;
@@ -9,71 +8,6 @@ pub const MAX_PARTS: usize = 16;
 const MAX_INNER: usize = 3;
 /// How much more than the least time is as good, for fewer parts.
 const NEARLY: f64 = 0.03;
-
-/// How a rank's tokens are cut into consecutive parts. Nothing can be computed before the first part is there, and nothing is
-/// left to compute when the last one goes back: smaller ones at the ends expose less wire, where compute hides the rest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cut {
-    /// At least 1.
-    parts: usize,
-    /// How many times as large as the first and the last part each part between them is, at least 1.
-    inner: usize,
-}
-
-impl Cut {
-    /// All tokens at once.
-    pub const WHOLE: Self = Self { parts: 1, inner: 1 };
-
-    /// Parts whose sizes differ by at most one token.
-    pub fn even(parts: usize) -> Self {
-        Self { parts: parts.max(1), inner: 1 }
-    }
-
-    /// The same parts with inner ones so many times as large as those at the ends; fewer than three have none.
-    pub fn with_inner(self, inner: usize) -> Self {
-        Self { inner: if self.parts < 3 { 1 } else { inner.max(1) }, ..self }
-    }
-
-    /// Number of parts.
-    pub fn parts(self) -> usize {
-        self.parts
-    }
-
-    /// See [`with_inner`](Self::with_inner).
-    pub fn inner(self) -> usize {
-        self.inner
-    }
-
-    /// Tokens of each part, in order. Parts of one size differ by at most one token.
-    pub fn ranges(self, tokens: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
-        let all = self.units(self.parts);
-        (0..self.parts).map(move |i| self.units(i) * tokens / all..self.units(i + 1) * tokens / all)
-    }
-
-    /// Size of the first `i` parts, the part at either end being 1.
-    fn units(self, i: usize) -> usize {
-        match self.parts {
-            0..3 => i,
-            parts => i.min(1) + i.saturating_sub(1).min(parts - 2) * self.inner + usize::from(i == parts),
-        }
-    }
-
-    /// Share of the tokens of each part.
-    fn shares(self) -> impl ExactSizeIterator<Item = f64> {
-        let all = self.units(self.parts) as f64;
-        (0..self.parts).map(move |i| (self.units(i + 1) - self.units(i)) as f64 / all)
-    }
-}
-
-/// `3`, or `3 (inner x2)`.
-impl fmt::Display for Cut {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.inner {
-            1 => write!(f, "{}", self.parts),
-            inner => write!(f, "{} (inner x{inner})", self.parts),
-        }
-    }
-}
 
 /// What a pass of one layer asks of a rank. Seconds of all parts together, unless it says otherwise.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -144,13 +78,13 @@ impl PassWork {
         let step = self.move_s / 4.0;
         let within = self.within.unwrap_or_default();
         if self.shared {
-            let n = cut.parts as f64;
+            let n = cut.parts() as f64;
             let wire = self.wire_s(cut);
             let rest = self.before_s + self.move_s + self.compute_s + n * self.part_s + self.after_s;
             return Timeline { total_s: rest + wire, exposed_s: wire };
         }
         let mut rank = Rank { now: self.before_s, ..Rank::default() };
-        let mut arrivals = Vec::with_capacity(cut.parts);
+        let mut arrivals = Vec::with_capacity(cut.parts());
         for share in cut.shares() {
             rank.now += share * step;
             let [out_s, duplex_s] = [self.out_s, self.duplex_s].map(|s| share * s + self.latency_s);
@@ -188,7 +122,7 @@ impl PassWork {
 
     /// Wire of all parts, nothing hidden.
     pub fn wire_s(&self, cut: Cut) -> f64 {
-        let (n, within) = (cut.parts as f64, self.within.unwrap_or_default());
+        let (n, within) = (cut.parts() as f64, self.within.unwrap_or_default());
         let latencies = n * (2.0 * self.latency_s + within.part_s);
         self.out_s + self.back_s + within.out_s + within.back_s + latencies
     }
@@ -372,22 +306,5 @@ mod tests {
         let wire =
             PassWork { out_s: 40.0, duplex_s: 40.0, back_s: 40.0, compute_s: 1.0, ..PassWork::default() };
         assert_eq!(best_cut(&[wire], 3).inner(), 1);
-    }
-
-    #[test]
-    fn ranges_cover_the_tokens() {
-        for (tokens, parts, inner) in [(0, 3, 1), (1, 4, 2), (10, 3, 1), (7, 7, 3), (100, 5, 3), (9, 2, 3)] {
-            let cut = Cut::even(parts).with_inner(inner);
-            let ranges: Vec<_> = cut.ranges(tokens).collect();
-            assert_eq!(ranges.len(), parts);
-            assert_eq!(ranges.iter().cloned().flatten().collect::<Vec<_>>(), (0..tokens).collect::<Vec<_>>());
-            assert!(close(cut.shares().sum(), 1.0));
-            for (range, share) in ranges.iter().zip(cut.shares()) {
-                assert!((range.len() as f64 - share * tokens as f64).abs() < 1.0, "{ranges:?}");
-            }
-        }
-        let sizes = |cut: Cut| cut.ranges(80).map(|r| r.len()).collect::<Vec<_>>();
-        assert_eq!(sizes(Cut::even(4).with_inner(3)), [10, 30, 30, 10]);
-        assert_eq!(Cut::even(2).with_inner(3), Cut::even(2));
     }
 }
