@@ -23,6 +23,9 @@ const UNLIMITED: f64 = 1e15;
 const PROBES: usize = 5;
 /// Of a step, in the probe of what parts cost.
 const PARTS: usize = 4;
+/// Rows' worth of time that an expert takes however few it has, at least: tiles of rows that are not full, weights that come
+/// from memory. Probes whose steps take nearly the same do not show it.
+const LEAST_ROWS: f64 = 3.0;
 /// Bytes per peer of the large probe, at least and at most.
 const LEAST_BYTES: usize = 1 << 12;
 const MOST_BYTES: usize = 8 << 20;
@@ -281,7 +284,8 @@ fn rates(
     let [compute, in_parts] = [p, parts.phases].map(|p| p.compute - p.weights);
     let most = compute * world / experts.max(1.0);
     let per_expert = match more >= 1.0 && pairs >= 2.0 * experts {
-        true => ((in_parts - compute) * world / more).clamp(0.0, most),
+        true => ((in_parts - compute) * world / more)
+            .clamp((LEAST_ROWS * compute * world / pairs).min(most), most),
         // Hardly more pairs than experts: it is all reading.
         false => most,
     };
