@@ -58,8 +58,8 @@ pub(crate) struct How<'a> {
 }
 
 impl<'a> How<'a> {
-    /// As the planner wants it; `None` where the rule has to have a table.
-    fn spec<'t: 'a>(self, rule: &'t occult_moe::PruneRule) -> PruneSpec<'a> {
+    /// As the planner wants it: `rule` is this one with the table that it may need.
+    fn spec(self, rule: &'a occult_moe::PruneRule) -> PruneSpec<'a> {
         PruneSpec { rule: rule.rule(), budget: self.budget, router: self.router }
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Guarded, Layer, Rng, STORED, Stored, Weight, assert_close, assert_within, budgets};
+use common::{Guarded, Layer, Rng, STORED, Stored, Weight, assert_close, assert_close_or, budgets, least_of};
 use occult_kernels::SparseRows;
 use occult_kernels::linear::{self, LinearDims};
 use occult_kernels::smm::{
@@ -97,7 +97,9 @@ fn check_layer(layer: &Layer, stored: Stored) {
     let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: Some(&mut d_up) };
     smm::reference::scatter_bwd(rows, dims, x, &up, &d_pre, grads);
 
-    let largest_row_weight_terms = row_weight_terms(layer, &pre, dy).into_iter().fold(0.0, f32::max);
+    // A tenth of the absolute terms: more than the sums only where terms cancel.
+    let row_weights_least =
+        row_weight_terms(layer, &pre, dy).into_iter().fold(least_of(n), |max, sum| max.max(sum / 10.0));
 
     for threads in budgets(2) {
         let what = |op: &str| format!("{op} R {r} N {n} {dims:?} {stored:?} {:?}", threads.instruction_set());
@@ -111,7 +113,8 @@ fn check_layer(layer: &Layer, stored: Stored) {
 
         let mut found = Guarded::unset(y.len());
         smm::expert_ffn(&threads, rows, dims, x, &experts, row_weights, found.values()).unwrap();
-        assert_close(&what("expert_ffn"), found.checked(), &y);
+        // All outputs hang on the activations.
+        assert_close_or(&what("expert_ffn"), found.checked(), &y, least_of(y.len().min(n * f)));
 
         for keep in [false, true] {
             let mut found = (Guarded::unset(pre.len()), Guarded::unset(n), Guarded::new(&start_down));
@@ -125,12 +128,7 @@ fn check_layer(layer: &Layer, stored: Stored) {
             smm::merge_bwd(&threads, rows, dims, inputs, dy, grads).unwrap();
             assert_close(&what("d_pre"), found.0.checked(), &d_pre);
             // One value per row, so there may be one alone, and its terms may cancel.
-            assert_within(
-                &what("d_row_weights"),
-                found.1.checked(),
-                &d_row_weights,
-                largest_row_weight_terms,
-            );
+            assert_close_or(&what("d_row_weights"), found.1.checked(), &d_row_weights, row_weights_least);
             assert_close(&what("d_w_down"), found.2.checked(), &d_down);
             if keep {
                 assert_close(&what("act"), kept.checked(), &act);

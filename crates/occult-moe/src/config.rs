@@ -97,9 +97,9 @@ pub struct LayerOptions {
     pub overlap: Overlap,
     /// Limits the ranks a token visits.
     pub pruning: Option<Pruning>,
-    /// Ranks and nodes that a token visits on average, before pruning, where that was measured: for [`Overlap::Auto`]. `None`:
-    /// as with uniform routing.
-    pub copies_per_token: Option<[f64; 2]>,
+    /// Ranks that a token visits on average, before pruning, where that was measured: for [`Overlap::Auto`]. `None`: as with
+    /// uniform routing.
+    pub copies_per_token: Option<f64>,
     /// Inference steps in which no rank has more tokens use one message per peer, without a round of counts. 0: never.
     pub small_batch_tokens: usize,
 }

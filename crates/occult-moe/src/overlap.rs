@@ -15,7 +15,7 @@ pub enum Pass {
     Training,
 }
 
-/// The parts with the least predicted time, from what every rank knows, so that all ranks find the same: the
+/// The fewest parts with nearly the least predicted time, from what every rank knows, so that all ranks find the same: the
 /// schedule of [`PassWork`] on the links of the cluster, for the rows that this layer's mode, placement and pruning send.
 /// `tokens`: of all ranks. Load is taken as even. On two levels one part: with every part the ranks of a node would wait for
 /// each other twice, to pass on its rows, which costs more than overlap gains.
@@ -38,8 +38,10 @@ pub fn cut(
 
 /// Ranks of a token: as measured where that is known, otherwise of uniform routing; no more than pruning leaves.
 fn copies(placement: &LayerPlacement, options: &LayerOptions, top_k: usize) -> f64 {
-    let known = options.copies_per_token.or_else(|| uniform_copies(placement, options.topology, top_k));
-    let ranks = known.map_or_else(|| copy_bounds(placement, top_k).upper as f64, |[ranks, _]| ranks);
+    let known = options
+        .copies_per_token
+        .or_else(|| uniform_copies(placement, options.topology, top_k).map(|[ranks, _]| ranks));
+    let ranks = known.unwrap_or_else(|| copy_bounds(placement, top_k).upper as f64);
     let most = options.pruning.as_ref().map_or(f64::INFINITY, |pruning| pruning.budget.max_ranks() as f64);
     ranks.min(most)
 }
@@ -137,7 +139,7 @@ mod tests {
             ..options.clone()
         };
         let conventional = LayerOptions { mode: Mode::Conventional, ..options.clone() };
-        let at_home = LayerOptions { copies_per_token: Some([0.01, 0.01]), ..options.clone() };
+        let at_home = LayerOptions { copies_per_token: Some(0.01), ..options.clone() };
         let at_home_conventional = LayerOptions { mode: Mode::Conventional, ..at_home.clone() };
         let slow = cluster(3e-4, 1e12);
         for pass in [Pass::Inference, Pass::Training] {
@@ -164,10 +166,8 @@ mod tests {
             let experts: Vec<u16> =
                 (0..4).flat_map(|rank| vec![rank; usize::from(experts[usize::from(rank)])]).collect();
             let placement = LayerPlacement::from_expert_ranks(4, &experts).unwrap();
-            let options = LayerOptions {
-                copies_per_token: Some([2.0, 2.0]),
-                ..LayerOptions::new(Topology::flat(4).unwrap())
-            };
+            let options =
+                LayerOptions { copies_per_token: Some(2.0), ..LayerOptions::new(Topology::flat(4).unwrap()) };
             let mut cluster = cluster(1e-6, 1e12);
             cluster.compute.memory_bandwidth_bytes_per_s = 3e10;
             cut(&cluster, &shape, &placement, &options, 4, 4096, Pass::Inference).parts()

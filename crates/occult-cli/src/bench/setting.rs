@@ -141,7 +141,7 @@ impl Setting {
             pruning: mode.max_ranks().map(prune),
             overlap: overlap.clone(),
             small_batch_tokens: small_batch,
-            copies_per_token: Some([traffic.copies_per_token, traffic.node_copies_per_token]),
+            copies_per_token: Some(traffic.copies_per_token),
             ..LayerOptions::new(self.topology)
         })
     }

@@ -166,18 +166,26 @@ pub fn budgets(count: usize) -> Vec<Threads> {
     InstructionSet::available().into_iter().map(|set| threads.with_instruction_set(set).unwrap()).collect()
 }
 
-/// Compares values that were added in different orders: apart by no more than 1e-5 of the largest, or of the terms, which are
-/// of order one as the inputs are; a few values may all be small by chance.
+/// Fewer values than this may all be small by chance, because their terms cancel.
+const FEW: usize = 16;
+
+/// Compares values that were added in different orders: apart by no more than 1e-5 of the largest; few values by no more than
+/// 1e-5 of their terms, which are of order one as all inputs are.
 #[track_caller]
 pub fn assert_close(what: &str, found: &[f32], expected: &[f32]) {
-    let largest = expected.iter().filter(|x| x.is_finite()).fold(1.0_f32, |max, x| max.max(x.abs()));
-    assert_within(what, found, expected, largest);
+    assert_close_or(what, found, expected, least_of(expected.len()));
 }
 
-/// The same for values that may be small by chance: `largest` is that of their sums without signs.
+/// What to take for the largest of so many values, at least.
+pub fn least_of(values: usize) -> f32 {
+    if values < FEW { 1.0 } else { 0.0 }
+}
+
+/// Apart by no more than 1e-5 of the largest, or of `least` where that is more.
 #[track_caller]
-pub fn assert_within(what: &str, found: &[f32], expected: &[f32], largest: f32) {
+pub fn assert_close_or(what: &str, found: &[f32], expected: &[f32], least: f32) {
     assert_eq!(found.len(), expected.len(), "{what}");
+    let largest = expected.iter().filter(|x| x.is_finite()).fold(least, |max, x| max.max(x.abs()));
     for (i, (&found, &expected)) in found.iter().zip(expected).enumerate() {
         let same = found == expected || (found.is_nan() && expected.is_nan());
         let close = (found - expected).abs() <= 1e-5 * largest;

@@ -27,7 +27,7 @@
 //! What it leaves out: overlap of communication with compute, attention and shared experts, activation memory traffic,
 //! contention of switches, kernel launches. It says which placement is faster and by about how much, not what a clock will show.
 //!
-//! With overlap a pass is a schedule on two resources, wire and cores, instead of a sum: [`PassWork::timeline`], from which the
+//! With overlap a pass is a schedule on cores and the two directions of the wire instead of a sum: [`PassWork::timeline`], from which the
 //! parts are chosen, too ([`best_cut`]).
 //!
 //! A step of another size than the measured tokens scales rows and flops; the experts that get a token are then those a
