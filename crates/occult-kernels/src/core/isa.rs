@@ -4,12 +4,12 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
+use super::A_STRIDE;
 use super::activation::{SwigluBwd, swiglu, swiglu_bwd};
 use super::ahead::Ahead;
 use super::dot::{self, Dot};
-use super::pack::{self, Panel};
+use super::pack::{self, Panel, Steps};
 use super::tile::tile;
-use super::{A_STRIDE, MAX_TILE_ROWS};
 use crate::Matrix;
 use crate::simd::{Scalar, Simd};
 
@@ -73,8 +73,11 @@ pub(crate) struct Isa {
     pub(crate) tile_cols: usize,
     /// Tiles of 1, 2, .. rows; A packed as rows [`A_STRIDE`] apart.
     pub(crate) tile_rows: &'static [TileFn],
-    /// The same; A packed as steps of [`MAX_TILE_ROWS`].
+    /// The same; A packed as steps [`Isa::step_len`] apart.
     pub(crate) tile_steps: &'static [TileFn],
+    /// Distance of two steps of a packed A panel: the rows of a tile, filled up to whole vectors.
+    pub(crate) step_len: usize,
+    pub(crate) pack_steps: unsafe fn(&Steps<'_>, *mut f32, usize),
     pub(crate) f32: ForType<f32>,
     pub(crate) bf16: ForType<bf16>,
     pub(crate) f16: ForType<f16>,
@@ -176,6 +179,8 @@ macro_rules! isa {
             use super::*;
             use crate::simd::Stored;
 
+            const STEP_LEN: usize = [$($mr),*].len().next_power_of_two();
+
             // SAFETY of the functions: each has the contract of the generic kernel it compiles, and is called only
             // after `Isa::get` has found the features.
             $(#[target_feature(enable = $features)])?
@@ -190,7 +195,7 @@ macro_rules! isa {
                 k: usize, a: *const f32, b: *const f32, c: *const *mut f32, add: bool, ahead: &Ahead,
             ) {
                 // SAFETY: see above.
-                unsafe { tile::<$simd, MR, $nv, 1, MAX_TILE_ROWS>(k, a, b, c, add, ahead) }
+                unsafe { tile::<$simd, MR, $nv, 1, STEP_LEN>(k, a, b, c, add, ahead) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn transposed<T: Stored>(panel: &Panel<T>, to: *mut f32) {
@@ -201,6 +206,11 @@ macro_rules! isa {
             unsafe fn plain<T: Stored>(panel: &Panel<T>, idx: *const u32, to: *mut f32) {
                 // SAFETY: see above.
                 unsafe { pack::plain::<$simd, T, $nv>(panel, idx, to) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn steps(panels: &Steps<'_>, to: *mut f32, distance: usize) {
+                // SAFETY: see above.
+                unsafe { pack::steps::<$simd, STEP_LEN>(panels, to, distance) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn dots<T: Stored, const XR: usize>(dot: &Dot<T>) {
@@ -241,6 +251,8 @@ macro_rules! isa {
                 tile_cols: $nv * <$simd>::LANES,
                 tile_rows: &[$(by_rows::<$mr>),*],
                 tile_steps: &[$(by_steps::<$mr>),*],
+                step_len: STEP_LEN,
+                pack_steps: steps,
                 f32: for_type(),
                 bf16: for_type(),
                 f16: for_type(),

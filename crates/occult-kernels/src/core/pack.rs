@@ -1,4 +1,5 @@
-//! Packing of B panels: widening, and transposing where the weight is stored the other way round.
+//! Packing of B panels: widening, and transposing where the weight is stored the other way round; and of A panels that are
+//! stored by steps.
 
 use crate::simd::{Simd, Stored};
 
@@ -69,6 +70,54 @@ pub(super) unsafe fn plain<S: Simd, T: Stored, const NV: usize>(
             } else {
                 for j in 0..width {
                     *to.add(j) = if j < panel.cols { (*from.add(j)).widen() } else { 0.0 };
+                }
+            }
+        }
+    }
+}
+
+/// Where A panels come from whose stored rows are steps.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Steps<'a> {
+    /// First value of the first step.
+    pub(crate) from: *const f32,
+    /// Distance of two stored rows.
+    pub(crate) stride: usize,
+    /// Stored rows by number, or null.
+    pub(crate) idx: *const u32,
+    /// Steps of k.
+    pub(crate) k: usize,
+    /// First row of each panel, ascending.
+    pub(crate) firsts: &'a [usize],
+}
+
+/// Steps that are asked for ahead: stored rows lie apart, where no hardware looks for them.
+const AHEAD: usize = 8;
+
+/// `to[p * distance + s * LEN + i] = from[idx(s) * stride + firsts[p] + i]` for `i < LEN`, a multiple of the lanes: all panels
+/// step by step, because the cache lines they share may evict each other from one step to another.
+///
+/// # Safety
+/// As [`Simd`]; `steps` describes valid memory and `to` has room for the panels.
+#[inline(always)]
+pub(super) unsafe fn steps<S: Simd, const LEN: usize>(steps: &Steps<'_>, to: *mut f32, distance: usize) {
+    let (Some(&first), Some(&last)) = (steps.firsts.first(), steps.firsts.last()) else { return };
+    // SAFETY: the caller's promise.
+    unsafe {
+        let row = |step: usize| {
+            let row = if steps.idx.is_null() { step } else { *steps.idx.add(step) as usize };
+            steps.from.add(row * steps.stride)
+        };
+        for step in 0..steps.k {
+            let ahead = row((step + AHEAD).min(steps.k - 1));
+            for line in (first..last + LEN).step_by(16) {
+                S::prefetch(ahead.wrapping_add(line));
+            }
+            let from = row(step);
+            for (panel, &first) in steps.firsts.iter().enumerate() {
+                let to = to.add(panel * distance + step * LEN);
+                for i in (0..LEN).step_by(S::LANES) {
+                    S::store(to.add(i), S::load(from.add(first + i)));
                 }
             }
         }

@@ -5,14 +5,14 @@ use std::ops::Range;
 use super::ahead::{self, Ahead};
 use super::dot::Dot;
 use super::isa::{ForType, Isa};
-use super::pack::Panel;
+use super::pack::{Panel, Steps};
 use super::{A_STRIDE, K_BLOCK, MAX_TILE_COLS, MAX_TILE_ROWS, scratch};
 use crate::Matrix;
 use crate::simd::Stored;
 use crate::threads::SendPtr;
 
-/// A panels packed at a time when A is packed by steps, so that whole cache lines of its rows are used.
-const STEP_PANELS: usize = 8;
+/// Rows of A packed at a time when A is packed by steps, so that whole cache lines of what is stored are used.
+const STEP_ROWS: usize = 112;
 /// Bytes of weights that several groups of few rows share while they are in the cache.
 const DOT_BYTES: usize = 128 << 10;
 
@@ -123,7 +123,7 @@ impl Product<'_> {
         };
         let a_panel_len = A_STRIDE * MAX_TILE_ROWS;
         let (tiles, group_len) = match self.a.by_steps {
-            true => (isa.tile_steps, STEP_PANELS),
+            true => (isa.tile_steps, STEP_ROWS / isa.tile_steps.len()),
             false => (isa.tile_rows, 1),
         };
         let spare_len = MAX_TILE_ROWS * MAX_TILE_COLS;
@@ -148,9 +148,13 @@ impl Product<'_> {
                 let mut num_tiles = num_row_panels * num_panels;
                 for group in (0..num_row_panels).step_by(group_len) {
                     let group = group..num_row_panels.min(group + group_len);
-                    for (i, to) in group.clone().zip(a_panels.chunks_exact_mut(a_panel_len)) {
-                        // SAFETY: the caller's promise; `to` has room for a panel of `k <= K_BLOCK` steps.
-                        unsafe { self.pack_a(row_panel(i), k0, k, to.as_mut_ptr()) };
+                    // SAFETY: the caller's promise; there is room for a group of panels of `k <= K_BLOCK` steps.
+                    unsafe {
+                        if self.a.by_steps {
+                            self.pack_steps(isa, group.clone().map(row_panel), k0, k, a_panels, a_panel_len);
+                        } else {
+                            self.pack_rows(row_panel(group.start), k0, k, a_panels.as_mut_ptr());
+                        }
                     }
                     for (i, a) in group.zip(a_panels.chunks_exact(a_panel_len)) {
                         let tile_rows = row_panel(i);
@@ -214,30 +218,47 @@ impl Product<'_> {
         self.a.data.get().wrapping_add(at(self.a.idx, row) * self.a.stride)
     }
 
-    unsafe fn pack_a(&self, rows: Range<usize>, k0: usize, k: usize, to: *mut f32) {
-        let Left { data, stride, idx, by_steps } = self.a;
-        // SAFETY: the caller's promise: rows and steps exist and `to` has room.
-        unsafe {
-            if by_steps {
-                let len = rows.len();
-                // Sixteen at once is one vector; what is read too much is not used.
-                let whole = rows.start + MAX_TILE_ROWS <= self.m;
-                for step in 0..k {
-                    let from = data.get().add(at(idx, k0 + step) * stride + rows.start);
-                    let to = to.add(step * MAX_TILE_ROWS);
-                    if whole {
-                        to.copy_from_nonoverlapping(from, MAX_TILE_ROWS);
-                    } else {
-                        to.copy_from_nonoverlapping(from, len);
-                    }
-                }
+    /// One panel of rows that are stored as such, [`A_STRIDE`] apart.
+    unsafe fn pack_rows(&self, rows: Range<usize>, k0: usize, k: usize, to: *mut f32) {
+        for (i, row) in rows.enumerate() {
+            // SAFETY: the caller's promise: rows and steps exist and `to` has room.
+            unsafe { to.add(i * A_STRIDE).copy_from_nonoverlapping(self.a_row(row).add(k0), k) };
+        }
+    }
+
+    /// A group of panels, `panel_len` apart, of rows whose values are stored step by step.
+    unsafe fn pack_steps(
+        &self,
+        isa: &Isa,
+        panels: impl Iterator<Item = Range<usize>>,
+        k0: usize,
+        k: usize,
+        to: &mut [f32],
+        panel_len: usize,
+    ) {
+        let Left { data, stride, idx, .. } = self.a;
+        let (mut firsts, mut count) = ([0; STEP_ROWS], 0);
+        for (rows, to) in panels.zip(to.chunks_exact_mut(panel_len)) {
+            if rows.start + isa.step_len <= self.m {
+                firsts[count] = rows.start;
+                count += 1;
             } else {
-                for (i, row) in rows.enumerate() {
-                    let from = data.get().add(at(idx, row) * stride + k0);
-                    to.add(i * A_STRIDE).copy_from_nonoverlapping(from, k);
+                // The last panels, where whole vectors would read more than there is.
+                for (step, to) in (k0..k0 + k).zip(to.chunks_exact_mut(isa.step_len)) {
+                    for (row, to) in rows.clone().zip(to) {
+                        // SAFETY: the caller's promise: rows and steps exist.
+                        *to = unsafe { *data.get().add(at(idx, step) * stride + row) };
+                    }
                 }
             }
         }
+        let (from, idx) = match idx {
+            Some(idx) => (data.get(), idx[k0..].as_ptr()),
+            None => (data.get().wrapping_add(k0 * stride), std::ptr::null()),
+        };
+        let steps = Steps { from, stride, idx, k, firsts: &firsts[..count] };
+        // SAFETY: the caller's promise; whole vectors exist, see above, and there is room for `count` panels.
+        unsafe { (isa.pack_steps)(&steps, to.as_mut_ptr(), panel_len) };
     }
 
     unsafe fn pack_b(&self, isa: &Isa, col: usize, cols: usize, k0: usize, k: usize, to: *mut f32) {
