@@ -4,6 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
+use candle_core::DType;
 use common::{Case, rank, run};
 use occult_comm::{Communicator, Metered, Reach, Snapshot, ThreadOptions};
 use occult_moe::predict::{RankBytes, predict_bytes};
@@ -49,8 +50,9 @@ proptest! {
         conventional in any::<bool>(),
         chunks in 1usize..4,
         max_ranks in prop::sample::select(vec![None, Some(1), Some(2)]),
+        stored in prop::sample::select(vec![DType::F32, DType::BF16]),
     ) {
-        let case = Case::random(seed, world, 9, 3, 8, 6);
+        let case = Case { stored, ..Case::random(seed, world, 9, 3, 8, 6) };
         let nodes = if two_hosts && world % 2 == 0 { 2 } else { 1 };
         let topology = Topology::new(world, nodes).unwrap();
         let mut options = LayerOptions::new(topology);

@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use candle_core::{DType, Var};
-use common::{Case, difference, run, tensor, values, var};
+use common::{Case, difference, run, tensor, values, var, var_of};
 use occult_comm::{Communicator, ThreadOptions};
 use occult_kernels::Threads;
 use occult_kernels::ops::GradSink;
@@ -27,9 +27,15 @@ fn routing(case: &Case, k: usize) -> (Vec<ExpertId>, Vec<f32>) {
 }
 
 /// The gradient of routing weights by themselves, over ranks and by the definition.
-fn routing_weights(seed: u64, world: usize, (k, d, f): (usize, usize, usize), options: &LayerOptions) {
+fn routing_weights(
+    seed: u64,
+    world: usize,
+    (k, d, f): (usize, usize, usize),
+    stored: DType,
+    options: &LayerOptions,
+) {
     let experts = 7;
-    let case = Case::random(seed, world, experts, k, d, f);
+    let case = Case { stored, ..Case::random(seed, world, experts, k, d, f) };
     let t: usize = case.tokens.iter().sum();
     let (ids, weights) = routing(&case, k);
 
@@ -48,7 +54,8 @@ fn routing_weights(seed: u64, world: usize, (k, d, f): (usize, usize, usize), op
         let rows = case.rows_of(rank);
         let n = case.placement.experts_of(rank as Rank).len();
         let (up, down) = (case.local(rank, &case.w_up, 2 * f * d), case.local(rank, &case.w_down, d * f));
-        let (up, down) = (tensor(&up, (n, 2 * f, d)), tensor(&down, (n, d, f)));
+        let up = tensor(&up, (n, 2 * f, d)).to_dtype(case.stored)?;
+        let down = tensor(&down, (n, d, f)).to_dtype(case.stored)?;
         let w = var(&weights[rows.start * k..rows.end * k], (rows.len(), k));
         let (router, placement) = (case.router.clone(), case.placement.clone());
         let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;
@@ -74,12 +81,13 @@ proptest! {
         two_hosts in any::<bool>(),
         conventional in any::<bool>(),
         chunks in 0usize..4,
+        stored in prop::sample::select(vec![DType::F32, DType::BF16, DType::F16]),
     ) {
         let nodes = if two_hosts && world % 2 == 0 { 2 } else { 1 };
         let mut options = LayerOptions::new(Topology::new(world, nodes).unwrap());
         options.mode = if conventional { Mode::Conventional } else { Mode::Dedup };
         options.overlap = if chunks == 0 { Overlap::Off } else { Overlap::Chunks(chunks) };
-        routing_weights(seed, world, sizes, &options);
+        routing_weights(seed, world, sizes, stored, &options);
     }
 }
 
@@ -153,11 +161,8 @@ fn one_op_for_all_parts_does_what_four_ops_do() {
             let rank = comm.rank();
             let rows = case.rows_of(rank);
             let n = case.placement.experts_of(rank as Rank).len();
-            let stored = |values: &[f32], shape: (usize, usize, usize)| -> Result<Var, MoeError> {
-                Ok(Var::from_tensor(&tensor(values, shape).to_dtype(DType::BF16)?.to_dtype(dtype)?)?)
-            };
-            let up = stored(&case.local(rank, &case.w_up, 2 * f * d), (n, 2 * f, d))?;
-            let down = stored(&case.local(rank, &case.w_down, d * f), (n, d, f))?;
+            let up = var_of(&case.local(rank, &case.w_up, 2 * f * d), (n, 2 * f, d), dtype);
+            let down = var_of(&case.local(rank, &case.w_down, d * f), (n, d, f), dtype);
             let w = tensor(&weights[rows.start * k..rows.end * k], (rows.len(), k));
             let (router, placement) = (case.router.clone(), case.placement.clone());
             let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;

@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use occult_comm::{Communicator, RankResults, ThreadOptions, run_threads};
 use occult_kernels::Threads;
+use occult_kernels::ops::GradSink;
 use occult_moe::reference::{dense_layer, dense_weights};
 use occult_moe::{ExpertParallelLayer, ExpertTensors, LayerOptions, MoeError, RouterSpec};
 use occult_plan::{ExpertId, LayerPlacement, Rank, Scoring};
@@ -42,6 +43,8 @@ pub(crate) struct Case {
     pub(crate) w_down: Vec<f32>,
     /// Gradient of the loss by the output.
     pub(crate) dy: Vec<f32>,
+    /// How the ranks store `w_up` and `w_down`, whose values bf16 can hold. Others than f32 are walked op by op.
+    pub(crate) stored: DType,
 }
 
 impl Case {
@@ -59,7 +62,7 @@ impl Case {
         let empty = if seed.is_multiple_of(2) && world > 1 { rng.below(world) } else { world };
         let mut ranks = vec![Vec::new(); world];
         for e in 0..experts as ExpertId {
-            let copies = 1 + usize::from(seed % 4 == 1 && rng.below(3) == 0);
+            let copies = 1 + usize::from(seed % 4 <= 1 && rng.below(3) == 0);
             for _ in 0..copies {
                 let mut rank = rng.below(world);
                 if rank == empty {
@@ -86,9 +89,10 @@ impl Case {
             f,
             x: rng.values(t * d),
             w_router: rng.values(experts * d),
-            w_up: rng.values(experts * 2 * f * d),
-            w_down: rng.values(experts * d * f),
+            w_up: bf16_values(rng.values(experts * 2 * f * d)),
+            w_down: bf16_values(rng.values(experts * d * f)),
             dy: rng.values(t * d),
+            stored: DType::F32,
         }
     }
 
@@ -102,6 +106,17 @@ impl Case {
         let experts = self.placement.experts_of(rank as Rank);
         experts.iter().flat_map(|&e| values[usize::from(e) * size..][..size].to_vec()).collect()
     }
+}
+
+/// The nearest values that bf16 has.
+fn bf16_values(values: Vec<f32>) -> Vec<f32> {
+    let narrow = tensor(&values, values.len()).to_dtype(DType::BF16).expect("values");
+    narrow.to_dtype(DType::F32).and_then(|wide| wide.to_vec1()).expect("values")
+}
+
+/// A variable stored in another type.
+pub(crate) fn var_of(values: &[f32], shape: impl Into<candle_core::Shape>, stored: DType) -> Var {
+    tensor(values, shape).to_dtype(stored).and_then(|t| Var::from_tensor(&t)).expect("variable")
 }
 
 pub(crate) fn tensor(values: &[f32], shape: impl Into<candle_core::Shape>) -> Tensor {
@@ -126,12 +141,27 @@ pub(crate) struct Outcome {
     pub(crate) d_down: Vec<f32>,
 }
 
-fn backward(y: &Tensor, dy: &[f32], vars: [&Var; 4]) -> Result<Outcome, MoeError> {
+fn backward(
+    y: &Tensor,
+    dy: &[f32],
+    vars: [&Var; 4],
+    sinks: Option<[&GradSink; 2]>,
+) -> Result<Outcome, MoeError> {
     let loss = (y * tensor(dy, y.shape()))?.sum_all()?;
     let grads = loss.backward()?;
-    let of = |v: &Var| grads.get(v.as_tensor()).map_or_else(|| vec![0.0; v.elem_count()], values);
+    let zeros = |v: &Var| vec![0.0; v.elem_count()];
+    let of = |v: &Var| grads.get(v.as_tensor()).map_or_else(|| zeros(v), values);
     let [x, r, u, d] = vars;
-    Ok(Outcome { y: values(y), dx: of(x), d_router: of(r), d_up: of(u), d_down: of(d) })
+    let [d_up, d_down] = match sinks {
+        None => [of(u), of(d)],
+        Some([up, down]) => {
+            let taken = |sink: &GradSink, v: &Var| -> Result<Vec<f32>, MoeError> {
+                Ok(sink.take(v.shape())?.map_or_else(|| zeros(v), |t| values(&t)))
+            };
+            [taken(up, u)?, taken(down, d)?]
+        }
+    };
+    Ok(Outcome { y: values(y), dx: of(x), d_router: of(r), d_up, d_down })
 }
 
 /// By the definition; `ids` of all tokens are given, as the ranks chose them.
@@ -142,7 +172,7 @@ pub(crate) fn dense(case: &Case, ids: &[ExpertId]) -> Outcome {
     let logits = x.matmul(&r.t().unwrap()).unwrap();
     let weights = dense_weights(&case.router, &logits, ids).unwrap();
     let y = dense_layer(&x, &weights, &up, &down).unwrap();
-    backward(&y, &case.dy, [&x, &r, &up, &down]).unwrap()
+    backward(&y, &case.dy, [&x, &r, &up, &down], None).unwrap()
 }
 
 /// One rank's forward and backward.
@@ -155,8 +185,11 @@ pub(crate) fn rank(
     let rows = case.rows_of(rank);
     let n = case.placement.experts_of(rank as Rank).len();
     let (x, r) = (var(&case.x[rows.start * d..rows.end * d], (rows.len(), d)), var(&case.w_router, (e, d)));
-    let up = var(&case.local(rank, &case.w_up, 2 * f * d), (n, 2 * f, d));
-    let down = var(&case.local(rank, &case.w_down, d * f), (n, d, f));
+    let up = var_of(&case.local(rank, &case.w_up, 2 * f * d), (n, 2 * f, d), case.stored);
+    let down = var_of(&case.local(rank, &case.w_down, d * f), (n, d, f), case.stored);
+    // Gradients in f32 also of weights that are not.
+    let sinks = [GradSink::new(), GradSink::new()];
+    let sinks = (case.stored != DType::F32).then_some([&sinks[0], &sinks[1]]);
     let (router, placement) = (case.router.clone(), case.placement.clone());
     let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;
     let logits = if rows.is_empty() {
@@ -165,10 +198,10 @@ pub(crate) fn rank(
     } else {
         x.matmul(&r.t()?)?
     };
-    let experts = ExpertTensors { w_up: &up, w_down: &down, sinks: None };
+    let experts = ExpertTensors { w_up: &up, w_down: &down, sinks };
     let (y, decision) = layer.forward(&x, &logits, experts, None, None)?;
     Ok((
-        backward(&y, &case.dy[rows.start * d..rows.end * d], [&x, &r, &up, &down])?,
+        backward(&y, &case.dy[rows.start * d..rows.end * d], [&x, &r, &up, &down], sinks)?,
         decision.routing.expert_ids,
     ))
 }
