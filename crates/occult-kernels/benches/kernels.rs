@@ -169,29 +169,31 @@ fn layer(bench: &Bench, name: &str, rows: &SparseRows, weights: &Weights, backwa
     let seconds = bench.time(|| forward(&mut pre));
     bench.compute(&format!("{name} {} forward", weights.name()), flop, seconds);
     let dy = Rng(8).values(r * d);
-    let (mut d_pre, mut d_row_weights, mut dx) = (vec![0.0; n * 2 * f], vec![0.0; n], vec![0.0; r * d]);
+    let (mut d_row_weights, mut dx) = (vec![0.0; n], vec![0.0; r * d]);
     let (mut d_w_down, mut d_w_up) = (vec![0.0; EXPERTS * d * f], vec![0.0; EXPERTS * 2 * f * d]);
     let seconds = bench.time(|| {
         forward(&mut pre);
-        let inputs = MergeInputs { pre: &pre, row_weights: &row_weights, w_down: &down };
         let grads = MergeGrads {
-            d_pre: &mut d_pre,
+            d_pre: &mut pre,
             d_row_weights: &mut d_row_weights,
             d_w_down: Some(&mut d_w_down),
             act: None,
         };
-        smm::merge_bwd(&bench.threads, rows, OLMOE, inputs, &dy, grads).expect("shapes");
+        smm::merge_bwd_in_place(&bench.threads, rows, OLMOE, &row_weights, &down, &dy, grads)
+            .expect("shapes");
         let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: Some(&mut d_w_up) };
-        smm::scatter_bwd(&bench.threads, rows, OLMOE, &x, &up, &d_pre, grads).expect("shapes");
+        smm::scatter_bwd(&bench.threads, rows, OLMOE, &x, &up, &pre, grads).expect("shapes");
     });
     bench.compute(&format!("{name} {} forward+backward", weights.name()), 3.0 * flop, seconds);
 }
 
-/// Peak memory of this process in bytes, where the system tells.
-fn peak_memory_bytes() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.trim().trim_end_matches(" kB").parse::<f64>().ok()? * 1024.0)
+/// Memory of this process in GB, where the system tells: `VmRSS`, what is resident, or `VmHWM`, the most there was.
+fn memory_gb(field: &str) -> f64 {
+    let of = |status: String| -> Option<f64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+        Some(line.trim().trim_end_matches(" kB").parse::<f64>().ok()? * 1024.0 / 1e9)
+    };
+    std::fs::read_to_string("/proc/self/status").ok().and_then(of).unwrap_or(f64::NAN)
 }
 
 fn decode(bench: &Bench, tokens: usize, weights: &Weights) {
@@ -278,15 +280,15 @@ fn main() {
         if !["layer", "layer1024", "skew", "decode", "memory"].iter().any(|part| wanted(part)) {
             continue;
         }
+        let before = memory_gb("VmRSS");
         let weights = Weights::new(f32);
         if parts.iter().any(|part| part == "memory") {
             layer(&bench, "layer 4096 tokens", &routing(4096, false), &weights, true);
-            let held = EXPERTS * 3 * OLMOE.hidden * OLMOE.intermediate * (4 + if f32 { 4 } else { 2 });
-            let peak = peak_memory_bytes().unwrap_or(f64::NAN);
+            let bytes = EXPERTS * 3 * OLMOE.hidden * OLMOE.intermediate * (4 + if f32 { 4 } else { 2 });
+            let (peak, held) = (memory_gb("VmHWM"), bytes as f64 / 1e9);
             println!(
-                "peak memory {:.2} GB, without weights and their gradients {:.2} GB",
-                peak / 1e9,
-                (peak - held as f64) / 1e9
+                "peak memory {peak:.2} GB: program {before:.2} GB, weights and gradients {held:.2} GB, rest {:.2} GB",
+                peak - before - held
             );
             return;
         }

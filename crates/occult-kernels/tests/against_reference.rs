@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::{Guarded, Layer, Rng, STORED, Stored, Weight, assert_close, assert_close_or, budgets, least_of};
+use common::{
+    Guarded, Layer, Rng, STORED, Stored, Weight, assert_close, assert_close_or, bits, budgets, least_of,
+};
 use occult_kernels::SparseRows;
 use occult_kernels::linear::{self, LinearDims};
 use occult_kernels::smm::{
@@ -93,6 +95,10 @@ fn check_layer(layer: &Layer, stored: Stored) {
         act: Some(&mut act),
     };
     smm::reference::merge_bwd(rows, dims, inputs, dy, grads);
+    let (mut in_place, mut unused) = (pre.clone(), vec![0.0; n]);
+    let grads = MergeGrads { d_pre: &mut in_place, d_row_weights: &mut unused, d_w_down: None, act: None };
+    smm::reference::merge_bwd_in_place(rows, dims, row_weights, &down, dy, grads);
+    assert_eq!(bits(&in_place), bits(&d_pre));
     let (mut dx, mut d_up) = (vec![0.0; r * d], start_up.clone());
     let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: Some(&mut d_up) };
     smm::reference::scatter_bwd(rows, dims, x, &up, &d_pre, grads);
@@ -116,8 +122,9 @@ fn check_layer(layer: &Layer, stored: Stored) {
         // All outputs hang on the activations.
         assert_close_or(&what("expert_ffn"), found.checked(), &y, least_of(y.len().min(n * f)));
 
-        for keep in [false, true] {
-            let mut found = (Guarded::unset(pre.len()), Guarded::unset(n), Guarded::new(&start_down));
+        for (keep, in_place) in [(false, false), (true, false), (false, true), (true, true)] {
+            let before = if in_place { Guarded::new(&pre) } else { Guarded::unset(pre.len()) };
+            let mut found = (before, Guarded::unset(n), Guarded::new(&start_down));
             let mut kept = Guarded::unset(n * f);
             let grads = MergeGrads {
                 d_pre: found.0.values(),
@@ -125,7 +132,11 @@ fn check_layer(layer: &Layer, stored: Stored) {
                 d_w_down: Some(found.2.values()),
                 act: keep.then_some(kept.values()),
             };
-            smm::merge_bwd(&threads, rows, dims, inputs, dy, grads).unwrap();
+            if in_place {
+                smm::merge_bwd_in_place(&threads, rows, dims, row_weights, &down, dy, grads).unwrap();
+            } else {
+                smm::merge_bwd(&threads, rows, dims, inputs, dy, grads).unwrap();
+            }
             assert_close(&what("d_pre"), found.0.checked(), &d_pre);
             // One value per row, so there may be one alone, and its terms may cancel.
             assert_close_or(&what("d_row_weights"), found.1.checked(), &d_row_weights, row_weights_least);

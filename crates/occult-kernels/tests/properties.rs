@@ -32,7 +32,7 @@ fn all_results(threads: &Threads, layer: &Layer) -> Vec<Vec<f32>> {
 }
 
 fn bits(values: &[Vec<f32>]) -> Vec<Vec<u32>> {
-    values.iter().map(|values| values.iter().map(|x| x.to_bits()).collect()).collect()
+    values.iter().map(|values| common::bits(values)).collect()
 }
 
 #[test]
@@ -46,6 +46,42 @@ fn thread_count_does_not_change_a_bit() {
             for count in [2, 3, 5, 16] {
                 let many = Threads::new(count).with_instruction_set(one.instruction_set()).unwrap();
                 assert!(bits(&all_results(&many, &layer)) == expected, "{count} threads, {one:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_in_place_are_the_same_bits() {
+    let (hidden, intermediate) = if cfg!(miri) { (5, 6) } else { (40, 70) };
+    // The last: more rows than one group holds.
+    let all = [(0, 1, 7), (1, 3, 9), (60, 5, intermediate), (2500, 2, 1024)];
+    for (num_rows, num_experts, intermediate) in all.into_iter().take(if cfg!(miri) { 2 } else { 4 }) {
+        let dims = ExpertDims { hidden: if num_rows > 60 { 3 } else { hidden }, intermediate };
+        let layer = Layer::new(9, Stored::Bf16, dims, num_rows, num_experts, 0.9);
+        let (rows, weights, down) = (&layer.rows, &layer.row_weights, layer.down());
+        let (n, d, f) = (rows.num_expanded(), dims.hidden, dims.intermediate);
+        let (pre, dy) = (Rng(1).values(n * 2 * f), Rng(2).values(num_rows * d));
+        for threads in budgets(2) {
+            for keep in [false, true] {
+                let [apart, in_place] = [false, true].map(|in_place| {
+                    let len = |len: usize| vec![0.0; len];
+                    let mut all = vec![pre.clone(), len(n), len(num_experts * d * f), len(n * f)];
+                    let [d_pre, d_row_weights, d_w_down, act] = all.as_mut_slice() else {
+                        unreachable!("four results")
+                    };
+                    let act = keep.then_some(&mut act[..]);
+                    let grads = MergeGrads { d_pre, d_row_weights, d_w_down: Some(d_w_down), act };
+                    let done = if in_place {
+                        smm::merge_bwd_in_place(&threads, rows, dims, weights, &down, &dy, grads)
+                    } else {
+                        let inputs = MergeInputs { pre: &pre, row_weights: weights, w_down: &down };
+                        smm::merge_bwd(&threads, rows, dims, inputs, &dy, grads)
+                    };
+                    done.unwrap();
+                    bits(&all)
+                });
+                assert!(apart == in_place, "{num_rows} rows, activations kept: {keep}, {threads:?}");
             }
         }
     }
@@ -314,6 +350,16 @@ fn wrong_lengths_are_refused() {
     let huge = LinearDims { rows: usize::MAX, out: 3, inner: 4 };
     let refused = linear::linear(&threads, huge, &x, Matrix::F32(&w), &mut [0.0; 6]);
     assert_eq!(refused, Err(KernelError::Overflow { what: "x [M, K]" }));
+
+    // Where the pre-activation is to become its gradient, it stays as it was.
+    let layer = Layer::new(1, Stored::F32, ExpertDims { hidden: 3, intermediate: 2 }, 4, 1, 2.0);
+    let n = layer.rows.num_expanded();
+    let (mut pre, mut d_row_weights) = (vec![1.0; n * 4], vec![0.0; n + 1]);
+    let grads = MergeGrads { d_pre: &mut pre, d_row_weights: &mut d_row_weights, d_w_down: None, act: None };
+    let (weights, down, dy) = (&layer.row_weights, layer.down(), [0.0; 12]);
+    let refused = smm::merge_bwd_in_place(&threads, &layer.rows, layer.dims, weights, &down, &dy, grads);
+    assert_eq!(refused, Err(KernelError::Length { what: "d_row_weights [N]", expected: n, found: n + 1 }));
+    assert_eq!(pre, vec![1.0; n * 4]);
 }
 
 #[test]

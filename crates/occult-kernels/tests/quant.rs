@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::Guarded;
+use common::{Guarded, bits};
 use half::bf16;
 use occult_kernels::quant::{
     Format, Isa, Layout, QuantError, Quantised, QuantisedBuf, QuantisedExpert, expert_ffn_with, linear,
@@ -37,10 +37,6 @@ fn encode(format: Format, group: usize, rows: usize, cols: usize, w: &[f32]) -> 
     let layout = Layout::new(format, group, rows, cols).expect("layout");
     let fill = |r: usize, out: &mut [f32]| out.copy_from_slice(&w[r * cols..][..cols]);
     quantise(&Threads::new(1), layout, fill).expect("finite").0
-}
-
-fn bits(values: &[f32]) -> Vec<u32> {
-    values.iter().map(|v| v.to_bits()).collect()
 }
 
 proptest! {

@@ -65,18 +65,19 @@ pub(crate) struct SwigluBwd {
     pub(crate) up: *const f32,
     /// The row's weight.
     pub(crate) weight: f32,
-    /// In: gradient of `weight * silu(gate) * up`. Out: gradient of `gate`.
+    /// Out: gradient of `gate`.
     pub(crate) d_gate: *mut f32,
     /// Out: gradient of `up`.
     pub(crate) d_up: *mut f32,
-    /// Out: `weight * silu(gate) * up`.
+    /// In: gradient of `weight * silu(gate) * up`. Out: these values themselves.
     pub(crate) act: *mut f32,
 }
 
 /// Does what [`SwigluBwd`] says and returns the gradient of the weight.
 ///
 /// # Safety
-/// As [`Simd`]; `len` values behind each pointer, none overlapping a result.
+/// As [`Simd`]; `len` values behind each pointer. `d_gate` may be `gate` itself and `d_up` may be `up`; nothing else
+/// overlaps.
 #[inline(always)]
 pub(super) unsafe fn swiglu_bwd<S: Simd>(row: &SwigluBwd) -> f32 {
     // SAFETY: the caller's promise.
@@ -87,7 +88,7 @@ pub(super) unsafe fn swiglu_bwd<S: Simd>(row: &SwigluBwd) -> f32 {
         let mut i = 0;
         while i + S::LANES <= row.len {
             let (g, u) = (S::load(row.gate.add(i)), S::load(row.up.add(i)));
-            let dh = S::load(row.d_gate.add(i));
+            let dh = S::load(row.act.add(i));
             let below = S::add(one, exp::<S>(S::mul(g, minus)));
             let (s, silu) = (S::div(one, below), S::div(g, below));
             let h = S::mul(silu, u);
@@ -102,7 +103,7 @@ pub(super) unsafe fn swiglu_bwd<S: Simd>(row: &SwigluBwd) -> f32 {
         }
         let mut sum = S::sum(sum);
         while i < row.len {
-            let (g, u, dh) = (*row.gate.add(i), *row.up.add(i), *row.d_gate.add(i));
+            let (g, u, dh) = (*row.gate.add(i), *row.up.add(i), *row.act.add(i));
             let silu = reference::silu(g);
             sum += silu * u * dh;
             *row.d_gate.add(i) = row.weight * dh * u * reference::silu_grad(g);

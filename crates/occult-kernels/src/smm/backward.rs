@@ -3,19 +3,21 @@
 use super::forward::{ROWS_PER_TASK, room, zero};
 use super::pieces::groups;
 use super::weights::up_bwd;
-use super::{ExpertDims, GateUp, MergeGrads, MergeInputs, ScatterGrads};
+use super::{ExpertDims, GateUp, MergeGrads, ScatterGrads};
 use crate::core::activation::SwigluBwd;
 use crate::core::divide::{run, run_merged};
 use crate::core::product::{Left, Product, Right, Target};
 use crate::threads::{SendPtr, input};
 use crate::{Matrix, SparseRows, Threads};
 
-/// See [`super::merge_bwd`]; shapes are checked.
+/// See [`super::merge_bwd`] and, where there is no `pre`, [`super::merge_bwd_in_place`]; shapes are checked. `weights` are
+/// those of the rows and `w_down`.
 pub(super) fn merge_bwd(
     threads: &Threads,
     rows: &SparseRows,
     dims: ExpertDims,
-    inputs: MergeInputs<'_>,
+    pre: Option<&[f32]>,
+    weights: (&[f32], &[Matrix<'_>]),
     dy: &[f32],
     grads: MergeGrads<'_>,
 ) {
@@ -26,7 +28,9 @@ pub(super) fn merge_bwd(
         return;
     }
     let d_w_down = d_w_down.map(|grad| SendPtr(grad.as_mut_ptr()));
+    let (row_weights, w_down) = weights;
     let d_pre = SendPtr(d_pre.as_mut_ptr());
+    let pre = pre.map_or(d_pre, input);
     let groups = groups(rows, f);
     let mut act = if kept.is_some() { Vec::new() } else { room(&groups, f) };
     for group in &groups {
@@ -35,7 +39,9 @@ pub(super) fn merge_bwd(
             Some(kept) => &mut kept[group.rows.start * f..group.rows.end * f],
             None => &mut act,
         };
-        // W_down^T dy, into the first half of each row of d_pre.
+        let act_at = SendPtr(act.as_mut_ptr());
+        let first = group.rows.start;
+        // W_down^T dy, to where the activations will be: pre-activations may have to stand in d_pre until then.
         let products: Vec<Product<'_>> = group
             .pieces
             .iter()
@@ -49,35 +55,33 @@ pub(super) fn merge_bwd(
                     idx: Some(&rows.row_idx()[piece.rows.clone()]),
                     by_steps: false,
                 },
-                b: Right::Plain { matrix: inputs.w_down[piece.expert], idx: None },
+                b: Right::Plain { matrix: w_down[piece.expert], idx: None },
                 c: Target {
-                    to: SendPtr(d_pre.get().wrapping_add(piece.rows.start * 2 * f)),
-                    stride: 2 * f,
+                    to: SendPtr(act_at.get().wrapping_add((piece.rows.start - first) * f)),
+                    stride: f,
                     idx: None,
                     add: false,
                 },
                 few_rows: false,
             })
             .collect();
-        // SAFETY: shapes are checked; each product writes the rows of its piece.
+        // SAFETY: shapes are checked; each product writes the rows of its piece, for which `act` has room.
         unsafe { run(threads, &products) };
 
         // Through the activation, row by row.
-        let first = group.rows.start;
-        let (act_at, weights_at) = (SendPtr(act.as_mut_ptr()), SendPtr(d_row_weights.as_mut_ptr()));
+        let weights_at = SendPtr(d_row_weights.as_mut_ptr());
         threads.for_each(group.rows.len().div_ceil(ROWS_PER_TASK), |task| {
             let end = group.rows.end.min(first + (task + 1) * ROWS_PER_TASK);
             for n in first + task * ROWS_PER_TASK..end {
-                let (gate, up) = inputs.pre[n * 2 * f..][..2 * f].split_at(f);
-                // SAFETY: row `n` belongs to this task; `act` has room for the group, d_pre and d_row_weights have N
-                // rows.
+                // SAFETY: row `n` belongs to this task; `act` has room for the group, pre, d_pre and d_row_weights have N
+                // rows. `pre` is d_pre or apart from it.
                 unsafe {
-                    let d_gate = d_pre.get().add(n * 2 * f);
+                    let (gate, d_gate) = (pre.get().add(n * 2 * f), d_pre.get().add(n * 2 * f));
                     *weights_at.get().add(n) = (threads.isa().swiglu_bwd)(&SwigluBwd {
                         len: f,
-                        gate: gate.as_ptr(),
-                        up: up.as_ptr(),
-                        weight: inputs.row_weights[n],
+                        gate,
+                        up: gate.add(f),
+                        weight: row_weights[n],
                         d_gate,
                         d_up: d_gate.add(f),
                         act: act_at.get().add((n - first) * f),

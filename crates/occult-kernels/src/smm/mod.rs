@@ -63,10 +63,10 @@ pub struct MergeInputs<'a> {
     pub w_down: &'a [Matrix<'a>],
 }
 
-/// Where [`merge_bwd`] writes.
+/// Where [`merge_bwd`] and [`merge_bwd_in_place`] write.
 #[derive(Debug)]
 pub struct MergeGrads<'a> {
-    /// `[N, 2F]`, overwritten.
+    /// `[N, 2F]`, overwritten; [`merge_bwd_in_place`] finds the pre-activation here.
     pub d_pre: &'a mut [f32],
     /// `[N]`, overwritten.
     pub d_row_weights: &'a mut [f32],
@@ -169,7 +169,31 @@ pub fn merge_bwd(
 ) -> Result<()> {
     check::merge(rows, dims, &inputs, dy.len())?;
     check::merge_grads(rows, dims, &grads)?;
-    backward::merge_bwd(threads, rows, dims, inputs, dy, grads);
+    let MergeInputs { pre, row_weights, w_down } = inputs;
+    backward::merge_bwd(threads, rows, dims, Some(pre), (row_weights, w_down), dy, grads);
+    Ok(())
+}
+
+/// [`merge_bwd`] without a second `[N, 2F]`: `grads.d_pre` holds the pre-activation, which becomes its gradient. The same
+/// bits.
+///
+/// - `row_weights`, `w_down`: as in [`MergeInputs`]
+/// - `dy`, `grads`: as in [`merge_bwd`]
+///
+/// # Errors
+/// [`crate::KernelError::Length`] when a slice does not have its shape; then nothing is overwritten.
+pub fn merge_bwd_in_place(
+    threads: &Threads,
+    rows: &SparseRows,
+    dims: ExpertDims,
+    row_weights: &[f32],
+    w_down: &[Matrix<'_>],
+    dy: &[f32],
+    grads: MergeGrads<'_>,
+) -> Result<()> {
+    check::merge(rows, dims, &MergeInputs { pre: grads.d_pre, row_weights, w_down }, dy.len())?;
+    check::merge_grads(rows, dims, &grads)?;
+    backward::merge_bwd(threads, rows, dims, None, (row_weights, w_down), dy, grads);
     Ok(())
 }
 

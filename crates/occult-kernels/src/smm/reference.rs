@@ -5,7 +5,7 @@
 use super::{
     ExpertDims, ExpertMatrices, GateUp, MergeGrads, MergeInputs, ScatterGrads, WeightGrads, WeightInputs,
 };
-use crate::SparseRows;
+use crate::{Matrix, SparseRows};
 
 /// Logistic function.
 #[must_use]
@@ -95,6 +95,19 @@ pub fn merge_bwd(
             }
         }
     }
+}
+
+/// See [`crate::smm::merge_bwd_in_place`].
+pub fn merge_bwd_in_place(
+    rows: &SparseRows,
+    dims: ExpertDims,
+    row_weights: &[f32],
+    w_down: &[Matrix<'_>],
+    dy: &[f32],
+    grads: MergeGrads<'_>,
+) {
+    let pre = grads.d_pre.to_vec();
+    merge_bwd(rows, dims, MergeInputs { pre: &pre, row_weights, w_down }, dy, grads);
 }
 
 /// See [`crate::smm::scatter_bwd`].

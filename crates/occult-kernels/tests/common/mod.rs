@@ -166,6 +166,11 @@ pub fn budgets(count: usize) -> Vec<Threads> {
     InstructionSet::available().into_iter().map(|set| threads.with_instruction_set(set).unwrap()).collect()
 }
 
+/// What must not differ at all, not even in the sign of a zero.
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
 /// Fewer values than this may all be small by chance, because their terms cancel.
 const FEW: usize = 16;
 
