@@ -2,10 +2,14 @@
 """The MoE layer of OLMoE (D 2048, F 1024, 64 experts, top-8): ours beside torch on the same threads, in turns.
 
     python3 benches/moe_layer.py --torch VENV/bin/python [--rounds 3] [--tokens 1024,4096]
+    python3 benches/moe_layer.py --torch VENV/bin/python --memory
 
 The Python given must have torch and transformers. Figures are medians over the rounds, in GFLOP/s and as shares of the
 multiply-add peak that the benchmark measures in each round. "others" is the share of all cores that other processes
 used meanwhile: figures with more than a few per cent there do not count.
+
+--memory: instead, the peak memory of forward + backward at 4,096 tokens in f32, each in a process of its own. "before" is
+what is resident before there are weights (torch: after its imports; what its libraries load later counts as the rest).
 """
 import argparse
 import os
@@ -20,6 +24,7 @@ parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--tokens", default="1024,4096")
 parser.add_argument("--stored", default="f32,bf16", help="how weights are stored")
 parser.add_argument("--bench", help="the built benchmark, instead of building it")
+parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
 args = parser.parse_args()
 tokens = args.tokens.split(",")
 here = os.path.dirname(os.path.abspath(__file__))
@@ -50,11 +55,25 @@ torch = subprocess.Popen(
 )
 
 
-def ask(line):
+def answer(line):
     torch.stdin.write(line + "\n")
     torch.stdin.flush()
-    return float(torch.stdout.readline())
+    return [float(value) for value in torch.stdout.readline().split()]
 
+
+def ask(line):
+    return answer(line)[0]
+
+
+if args.memory:
+    out = subprocess.run([bench, "--bench", "--threads", "2", "--seconds", "0", "memory"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    figures = {"ours": map(float, re.search(r"peak memory (\S+) GB: program (\S+) GB, weights and gradients (\S+) GB", out).groups())}
+    ask("float32 grouped_mm both 4096")
+    figures["torch grouped_mm"] = answer("memory")
+    print(f"{'GB':18} {'peak':>6} {'before':>6} {'weights and gradients':>22} {'rest':>6}")
+    for who, (peak, before, held) in figures.items():
+        print(f"{who:18} {peak:6.2f} {before:6.2f} {held:22.2f} {peak - before - held:6.2f}")
+    raise SystemExit
 
 rates, peaks, bands = {}, [], []
 flop = lambda n, what: (3 if what == "both" else 1) * 6 * int(n) * 8 * 2048 * 1024

@@ -2,7 +2,8 @@
 """The MoE layer of OLMoE in torch (transformers' own block), for benches/moe_layer.py.
 
 Reads lines "DTYPE IMPL WHAT TOKENS" (float32|bfloat16, grouped_mm|eager, forward|both, a number) and answers each with
-the seconds of one run, after one that is not counted. "peak" answers with the peak memory of the process in GB.
+the seconds of one run, after one that is not counted. "memory" answers in GB: the peak of the process, what was resident
+after the imports, parameters with their gradients.
 """
 import resource
 import sys
@@ -12,13 +13,16 @@ import torch
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
+GB = 1e9
+imported = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / GB
 torch.set_num_threads(2)
 torch.manual_seed(1)
 config = OlmoeConfig(hidden_size=2048, intermediate_size=1024, num_experts=64, num_experts_per_tok=8)
 block, stored, warm = None, None, set()
 for line in sys.stdin:
-    if line.strip() == "peak":
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, flush=True)
+    if line.strip() == "memory":
+        held = 2 * sum(parameter.nbytes for parameter in block.parameters()) / GB
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, imported, held, flush=True)
         continue
     dtype, impl, what, tokens = line.split()
     if stored != dtype:
