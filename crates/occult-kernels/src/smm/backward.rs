@@ -71,8 +71,9 @@ pub(super) fn merge_bwd(
         // Through the activation, row by row.
         let weights_at = SendPtr(d_row_weights.as_mut_ptr());
         threads.for_each(group.rows.len().div_ceil(ROWS_PER_TASK), |task| {
-            let end = group.rows.end.min(first + (task + 1) * ROWS_PER_TASK);
-            for n in first + task * ROWS_PER_TASK..end {
+            let start = first + task * ROWS_PER_TASK;
+            let of = start..group.rows.end.min(start + ROWS_PER_TASK);
+            for (n, &weight) in of.clone().zip(&row_weights[of]) {
                 // SAFETY: row `n` belongs to this task; `act` has room for the group, pre, d_pre and d_row_weights have N
                 // rows. `pre` is d_pre or apart from it.
                 unsafe {
@@ -81,7 +82,7 @@ pub(super) fn merge_bwd(
                         len: f,
                         gate,
                         up: gate.add(f),
-                        weight: row_weights[n],
+                        weight,
                         d_gate,
                         d_up: d_gate.add(f),
                         act: act_at.get().add((n - first) * f),
