@@ -187,7 +187,8 @@ pub(crate) struct TrainArgs {
     pub(crate) similar_by: Option<PathBuf>,
 
     /// At every checkpoint, search a placement for what the routers chose in the last step, and go on with it when it saves
-    /// this share of the copies per token on held-out tokens of that step
+    /// this share of the copies per token on held-out tokens of that step; where the model would then give other logits,
+    /// experts stay, with a warning
     #[arg(long, value_parser = share, value_name = "SHARE")]
     pub(crate) replace_placement: Option<f64>,
     /// Steps between checkpoints

@@ -78,7 +78,7 @@ pub use parameters::{Gradient, MakeTrainableMoe, ModelParameters, Parameter, Par
 pub use passes::{PASS_ROWS, Pass, PassObserver, for_each_pass, passes};
 pub use permute::{Beside, MAX_LOGIT_DIFFERENCE, PermuteReport, expert_order, permute};
 pub use quantise::{QuantisedClass, quantise};
-pub use ranks::{MAX_PLACEMENT_DIFFERENCE, Ranks, Replaced, Spread};
+pub use ranks::{MAX_PLACEMENT_DIFFERENCE, Ranks, Replaced, Spread, logit_difference};
 pub use rewrite::{ConvertOptions, Progress, convert, files_beside_weights};
 pub use sample::{Sampler, Sampling};
 pub use spec::{Family, ModelSpec};

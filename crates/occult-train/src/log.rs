@@ -37,6 +37,9 @@ pub struct Entry {
     /// looked for.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub figures: BTreeMap<String, f64>,
+    /// What did not work in this step, though the run goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// Appends to a log.
@@ -103,6 +106,7 @@ mod tests {
             tokens_per_s: 9.0,
             limit: None,
             figures,
+            warning: None,
         }
     }
 

@@ -88,6 +88,7 @@ mod tests {
             tokens_per_s: 1.0,
             limit: Some(2),
             figures,
+            warning: None,
         }
     }
 

@@ -246,11 +246,18 @@ fn train(
     if lead && !args.resume {
         placement.write(&placement::kept(&training))?;
     }
+    if let (true, Some(warning)) = (lead, trainer.warning()) {
+        eprintln!("occult: {warning}");
+    }
     let from = trainer.state().step;
     let bar = if lead { progress::training(steps, from) } else { ProgressBar::hidden() };
     let mut last = None;
     let outcome = trainer.run(stop, &mut |entry| {
         show(&bar, entry);
+        // Also where there is no terminal for a bar.
+        if let (true, Some(warning)) = (lead, &entry.warning) {
+            bar.suspend(|| eprintln!("occult: step {}: {warning}", entry.step));
+        }
         if args.stop_after.is_some_and(|n| entry.step >= from + n) {
             stop.store(true, Ordering::Relaxed);
         }

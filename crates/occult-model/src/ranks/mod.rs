@@ -9,7 +9,7 @@ mod replace;
 mod spread;
 
 pub(crate) use passes::for_each_pass;
-pub use replace::{MAX_PLACEMENT_DIFFERENCE, Replaced};
+pub use replace::{MAX_PLACEMENT_DIFFERENCE, Replaced, logit_difference};
 pub use spread::Spread;
 
 use std::sync::{Arc, Mutex, PoisonError};

@@ -21,7 +21,7 @@ pub struct Replaced {
 impl Decoder {
     /// Moves experts to where `spread` says (collective): loads this rank's new experts beside the old ones, runs `tokens`
     /// through both, and takes the new ones on every rank, or on none. Without pruning the placement changes no
-    /// logit beyond rounding.
+    /// logit beyond rounding. Library only: no command calls it.
     ///
     /// # Errors
     /// The new placement does not fit, weights cannot be read, or logits differ by more than
@@ -39,8 +39,8 @@ impl Decoder {
         agree(&ranks, "loading the new placement", loaded.as_ref().err())?;
         let next = loaded?;
         let compared = difference(self, &next, tokens);
-        let over = |d: f32| d.is_nan() || d > MAX_PLACEMENT_DIFFERENCE;
-        let compared = compared.and_then(|d| if over(d) { Err(differs(d)) } else { Ok(d) });
+        let compared =
+            compared.and_then(|d| if d > MAX_PLACEMENT_DIFFERENCE { Err(differs(d)) } else { Ok(d) });
         agree(&ranks, "comparing the new placement", compared.as_ref().err())?;
         let all = ranks.gather("placement difference", &compared?.to_le_bytes())?;
         let values = all.iter().filter_map(|b| b.as_slice().try_into().ok().map(f32::from_le_bytes));
@@ -72,12 +72,19 @@ fn difference(old: &Decoder, new: &Decoder, tokens: &[u32]) -> Result<f32> {
         let logits = model.forward(&Batch::single(tokens)?, None, Logits::All, None)?;
         Ok(logits.flatten_all()?.to_vec1::<f32>()?)
     };
-    let (old, new) = (logits(old)?, logits(new)?);
+    Ok(logit_difference(&logits(old)?, &logits(new)?))
+}
+
+/// Largest difference of logits, as a share of the range of `old`: what is compared with [`MAX_PLACEMENT_DIFFERENCE`].
+/// Infinite when any of either is NaN or infinite, or when they are not equally many.
+pub fn logit_difference(old: &[f32], new: &[f32]) -> f32 {
+    if old.len() != new.len() || old.iter().chain(new).any(|v| !v.is_finite()) {
+        return f32::INFINITY;
+    }
     let (low, high) = old.iter().fold((f32::MAX, f32::MIN), |(l, h), &v| (l.min(v), h.max(v)));
-    // f32::max would lose a NaN.
-    let worst = old.iter().zip(&new).map(|(a, b)| (a - b).abs());
-    let worst = worst.fold(0f32, |w, d| if d > w || d.is_nan() { d } else { w });
-    Ok(worst / (high - low).max(f32::MIN_POSITIVE))
+    // f64: neither a difference nor the range can overflow.
+    let worst = old.iter().zip(new).map(|(&a, &b)| (f64::from(a) - f64::from(b)).abs()).fold(0.0, f64::max);
+    (worst / (f64::from(high) - f64::from(low)).max(f64::from(f32::MIN_POSITIVE))) as f32
 }
 
 #[cfg(test)]
@@ -99,5 +106,19 @@ mod tests {
             assert_eq!(message, "loading: rank 1: no such file; the old placement stays");
         }
         assert!(agree(&Ranks::new(Arc::new(SoloComm::new())), "loading", None).is_ok());
+    }
+
+    #[test]
+    fn no_number_is_taken_for_rounding() {
+        let old = [-1.0, 0.0, 3.0];
+        assert_eq!(logit_difference(&old, &old), 0.0);
+        assert_eq!(logit_difference(&old, &[-1.0, 1.0, 3.0]), 0.25);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert_eq!(logit_difference(&old, &[-1.0, bad, 3.0]), f32::INFINITY);
+            assert_eq!(logit_difference(&[-1.0, bad, 3.0], &old), f32::INFINITY);
+            assert_eq!(logit_difference(&[bad; 2], &[bad; 2]), f32::INFINITY);
+        }
+        assert_eq!(logit_difference(&old, &[]), f32::INFINITY, "none to compare with");
+        assert_eq!(logit_difference(&[f32::MIN, f32::MAX], &[f32::MAX, f32::MIN]), 1.0, "no overflow");
     }
 }

@@ -45,6 +45,7 @@ pub(super) struct TrainedExperts {
     layer: ExpertParallelLayer,
     limit: Option<Limit>,
     choices: Choices,
+    forgiving: bool,
 }
 
 impl TrainedExperts {
@@ -77,7 +78,13 @@ impl TrainedExperts {
                 budget: ranks.budget(n),
             }),
         };
-        Ok(Self { number, router, experts, layer, limit, choices: choices.clone() })
+        Ok(Self { number, router, experts, layer, limit, choices: choices.clone(), forgiving: false })
+    }
+
+    /// Whether router logits that are no numbers give an output of NaN instead of an error, which would leave the other ranks
+    /// waiting.
+    pub(super) fn forgiving(self, forgiving: bool) -> Self {
+        Self { forgiving, ..self }
     }
 
     fn decide(&self, logits: &Tensor) -> occult_model::Result<RoutingBuf> {
@@ -96,7 +103,11 @@ impl TrainedExperts {
 impl MoeLayer for TrainedExperts {
     fn forward(&self, x: &Tensor, shared: Option<Shared<'_>>) -> occult_model::Result<MoeOutput> {
         let failed = |source: MoeError| ModelError::Moe { layer: self.number, source };
-        let logits = self.router.logits(x)?.contiguous()?;
+        let mut logits = self.router.logits(x)?.contiguous()?;
+        let lost = self.forgiving && logits.flatten_all()?.to_vec1::<f32>()?.iter().any(|v| !v.is_finite());
+        if lost {
+            logits = logits.zeros_like()?;
+        }
         let mut routing = self.decide(&logits)?;
         let weights = self.router.weights(&logits, &routing)?;
         routing.weights = Some(weights.detach().flatten_all()?.to_vec1()?);
@@ -106,6 +117,7 @@ impl MoeLayer for TrainedExperts {
             shared.map(|shared| || shared().map_err(|e| MoeError::Tensor(candle_core::Error::wrap(e))));
         let shared = compute.as_mut().map(|c| c as &mut dyn FnMut() -> occult_moe::Result<Tensor>);
         let y = self.layer.forward_routed(x, &routing, &weights, experts, None, shared).map_err(failed)?;
+        let y = if lost { (y * f64::NAN)? } else { y };
         Ok(MoeOutput { y, logits, routing })
     }
 }

@@ -3,9 +3,11 @@
 mod adapter;
 mod experts;
 mod figures;
+mod gather;
 mod in_place;
 mod ranks;
 mod replace;
+mod self_check;
 mod write;
 
 pub use ranks::{CommGroup, ExpertRanks};
@@ -20,19 +22,19 @@ use occult_model::{
     BalanceCounts, Decoder, ModelError, ModelFiles, ModelParameters, ModelSpec, Parameter, ParameterKind,
     Threads, TrainBatch, TrainOptions, TrainOutput,
 };
-use occult_plan::{ExpertId, RoutingBuf};
+use occult_plan::{ExpertId, Rank, RoutingBuf};
 
 use crate::balance::update_bias;
 use crate::checkpoint::Kind;
 use crate::data::{Batch, IGNORE, PADDING};
 use crate::error::{Result, TrainError};
 use crate::lora::Lora;
+use crate::optim::Moments;
 use crate::random::hash_bytes;
 use crate::trainer::{BatchReport, ParameterInfo, TrainableModel, Visitor};
 use adapter::Adapter;
 use experts::{Choices, TrainedExperts};
 use in_place::in_place;
-use replace::Next;
 
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -125,7 +127,8 @@ pub struct MoeModel {
     /// Whether and how another placement is taken.
     replacement: Option<Replacement>,
     replaced: bool,
-    next: Option<Next>,
+    /// That of a checkpoint, until its weights are there.
+    saved_placement: Option<Vec<Vec<Rank>>>,
     /// Of every MoE layer what this rank's tokens of the step chose, `[T, K]`, where another placement can be taken.
     sample: Vec<Vec<ExpertId>>,
 }
@@ -204,7 +207,7 @@ impl MoeModel {
         let choices: Vec<Choices> = ranks.layers().iter().map(|_| Choices::default()).collect();
         let zeros = vec![vec![0.0; parameters.spec().moe.router.num_experts]; choices.len()];
         let bias = if options.balance_bias > 0.0 { bias.or(Some(zeros)) } else { bias };
-        let decoder = decoder(&parameters, threads, &ranks, None, bias.as_deref(), &choices)?;
+        let decoder = decoder(&parameters, threads, &ranks, None, bias.as_deref(), &choices, false)?;
         let (threads, reference) = (threads.clone(), ranks.promised_copies());
         Ok(Self {
             parameters,
@@ -223,7 +226,7 @@ impl MoeModel {
             load: vec![],
             replacement: None,
             replaced: false,
-            next: None,
+            saved_placement: None,
             sample: vec![],
         })
     }
@@ -260,7 +263,7 @@ impl MoeModel {
     /// Puts the layers together again: limit and bias are parts of them.
     fn build(&mut self) -> Result<()> {
         let Self { parameters, threads, ranks, limit, bias, choices, .. } = self;
-        self.decoder = decoder(parameters, threads, ranks, *limit, bias.as_deref(), choices)?;
+        self.decoder = decoder(parameters, threads, ranks, *limit, bias.as_deref(), choices, false)?;
         Ok(())
     }
 
@@ -439,6 +442,7 @@ fn decoder(
     limit: Option<usize>,
     bias: Option<&[Vec<f32>]>,
     choices: &[Choices],
+    forgiving: bool,
 ) -> Result<Decoder> {
     let unlimited = limit.is_none_or(|n| n >= ranks.topology().num_ranks());
     if ranks.comm().world_size() == 1 && unlimited && bias.is_none() {
@@ -454,7 +458,7 @@ fn decoder(
             router = router.with_selection_bias(&bias[at])?;
         }
         match TrainedExperts::new(parameters, (number, at), router, ranks, threads, limit, &choices[at]) {
-            Ok(layer) => Ok(Box::new(layer)),
+            Ok(layer) => Ok(Box::new(layer.forgiving(forgiving))),
             Err(e) => {
                 let message = e.to_string();
                 wrong = Some(e);
@@ -595,15 +599,14 @@ impl TrainableModel for MoeModel {
     }
 
     fn extra(&self) -> serde_json::Value {
-        // The placement that the run goes on with from here, where it is not the one it began with.
-        let current = self.replaced.then(|| self.ranks.layers());
-        let placement = self.next.as_ref().map(|n| n.layers.as_slice()).or(current).map(replace::table);
+        // The placement in force, where it is not the one the run began with.
+        let placement = self.replaced.then(|| replace::table(self.ranks.layers()));
         serde_json::json!({ "drift_from": self.reference, "selection_bias": self.bias, "placement": placement })
     }
 
     fn restore_extra(&mut self, extra: &serde_json::Value) -> Result<()> {
         self.reference = extra["drift_from"].as_f64().or(self.reference);
-        self.restore_placement(extra)?;
+        self.saved_placement = serde_json::from_value(extra["placement"].clone()).unwrap_or_default();
         let Ok(Some(bias)) = serde_json::from_value::<Option<Vec<Vec<f32>>>>(extra["selection_bias"].clone())
         else {
             return Ok(());
@@ -617,16 +620,16 @@ impl TrainableModel for MoeModel {
         self.build()
     }
 
-    fn at_checkpoint(&mut self, figures: &mut BTreeMap<String, f64>) -> Result<()> {
-        self.look_for_placement(figures)
+    fn restored(&mut self, moments: &mut [Moments]) -> Result<Option<String>> {
+        self.restore_placement(moments)
     }
 
-    fn remake(&mut self) -> Result<bool> {
-        self.remake_placed()
-    }
-
-    fn remade(&mut self) -> Result<()> {
-        self.check_remade()
+    fn at_checkpoint(
+        &mut self,
+        moments: &mut [Moments],
+        figures: &mut BTreeMap<String, f64>,
+    ) -> Result<Option<String>> {
+        self.look_for_placement(moments, figures)
     }
 
     fn begin_step(&mut self, _: u64, limit: Option<usize>) -> Result<()> {

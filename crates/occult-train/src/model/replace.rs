@@ -1,27 +1,32 @@
 //! Another placement while a run goes on: when the routers have moved away from the one it began with.
 //!
-//! At a checkpoint a placement is searched for what the routers chose in the step before, on every second block of its tokens,
-//! and compared with the present one on the others. A run that is resumed there or later comes to the same placement without
-//! any of this: the checkpoint names it.
+//! Before a checkpoint is written a placement is searched for what the routers chose in the step, on every second block of its
+//! tokens, and compared with the present one on the others. If it saves enough:
+//!
+//! 1. every rank makes the model for it beside the present one, which stays as it is, and gets its experts' weights from the
+//!    ranks that have them;
+//! 2. the logits of both are compared (`self_check`), and all ranks come to one answer;
+//! 3. only then all of them switch, with the optimiser's moments. If not, they go on as before, with a warning.
+//!
+//! The checkpoint is written after that and names the placement in force, where a run that is resumed there or later goes on.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use occult_comm::Buffer;
-use occult_model::{Batch as Tokens, Decoder, Logits, MAX_PLACEMENT_DIFFERENCE};
 use occult_plan::placement::search::{self, SearchOptions};
 use occult_plan::{ExpertId, LayerPlacement, Rank, RoutingBuf};
 
-use super::{MoeModel, decoder, failed, figures::Counts};
+use super::in_place::in_place;
+use super::{MoeModel, Slot, figures::Counts, gather};
+use crate::checkpoint::Kind;
 use crate::error::{Result, TrainError};
 use crate::model::ranks::ExpertRanks;
-use crate::random::{key, mix};
+use crate::optim::Moments;
+use crate::trainer::{ParameterInfo, TrainableModel};
 
 /// Tokens in a row that are searched or held out together: neighbours route alike.
 const BLOCK: usize = 32;
-/// Short texts for the self-check. Rounding decides a router's choice now and then, in one of them.
-const TEXTS: usize = 8;
-const TEXT_LEN: usize = 8;
 
 type Remake = dyn Fn(ExpertRanks) -> Result<MoeModel>;
 
@@ -40,7 +45,7 @@ impl fmt::Debug for Replacement {
 
 impl Replacement {
     /// Takes a placement that saves at least `share` of the copies per token on held-out routing. `remake` makes the model
-    /// as it was made first, with other ranks; what is trained then comes from the checkpoint. `max_ranks`: the limit that the
+    /// as it was made first, with other ranks; what is trained then comes from the present model. `max_ranks`: the limit that the
     /// run comes to, which the placement must allow.
     pub fn new(
         share: f64,
@@ -49,14 +54,6 @@ impl Replacement {
     ) -> Self {
         Self { share, max_ranks, remake: Box::new(remake) }
     }
-}
-
-/// A placement that the model is about to get.
-#[derive(Debug)]
-pub(super) struct Next {
-    pub(super) layers: Vec<LayerPlacement>,
-    /// Logits of the self-check's texts before.
-    before: Vec<Vec<f32>>,
 }
 
 /// Experts' ranks of every layer: what a checkpoint says of a placement.
@@ -76,10 +73,15 @@ impl MoeModel {
         self.replaced
     }
 
-    /// Searches a placement for the step's routing (collective), and takes note of it where it saves enough.
-    pub(super) fn look_for_placement(&mut self, figures: &mut BTreeMap<String, f64>) -> Result<()> {
+    /// Searches a placement for the step's routing, and goes on with it where it saves enough and the model stays the same
+    /// (collective). Otherwise everything is as before; a placement that fails the check is a warning.
+    pub(super) fn look_for_placement(
+        &mut self,
+        moments: &mut [Moments],
+        figures: &mut BTreeMap<String, f64>,
+    ) -> Result<Option<String>> {
         let Some((share, max_ranks)) = self.replacement.as_ref().map(|r| (r.share, r.max_ranks)) else {
-            return Ok(());
+            return Ok(None);
         };
         let (num_layers, world) = (self.sample.len(), self.ranks.comm().world_size());
         let (mut layers, mut copies) = (Vec::with_capacity(num_layers), [0.0, 0.0]);
@@ -96,7 +98,7 @@ impl MoeModel {
             let all = all.map_err(|e| TrainError::model("gathering placements", e))?;
             for found in all.iter().take(num_layers - first) {
                 let found = found.try_as_slice::<f64>().unwrap_or_default();
-                let Some((values, ranks)) = found.split_first_chunk::<2>() else { return Ok(()) };
+                let Some((values, ranks)) = found.split_first_chunk::<2>() else { return Ok(None) };
                 copies = [copies[0] + values[0], copies[1] + values[1]];
                 let ranks: Vec<Rank> = ranks.iter().map(|r| *r as Rank).collect();
                 layers.push(placed(self.ranks.topology().num_ranks(), &ranks)?);
@@ -108,13 +110,20 @@ impl MoeModel {
         let router = self.parameters.spec().moe.router;
         let ranks = self.ranks.with_layers(layers.clone());
         let allowed = max_ranks.is_none_or(|max| ranks.check_limit(max, &router).is_ok());
-        let taken = copies[1] <= copies[0] * (1.0 - share) && allowed;
-        figures.insert("replaced".into(), f64::from(u8::from(taken)));
-        if taken {
-            self.reference = Some((copies[1] * 1e6).round() / 1e6);
-            self.next = Some(Next { layers, before: vec![] });
+        let wanted = copies[1] <= copies[0] * (1.0 - share) && allowed;
+        figures.insert("replaced".into(), 0.0);
+        if !wanted {
+            return Ok(None);
         }
-        Ok(())
+        match self.moved(layers)? {
+            Err(reason) => Ok(Some(format!("the placement found is not taken, experts stay: {reason}"))),
+            Ok(new) => {
+                self.switch(new, moments)?;
+                self.reference = Some((copies[1] * 1e6).round() / 1e6);
+                figures.insert("replaced".into(), 1.0);
+                Ok(None)
+            }
+        }
     }
 
     /// What all ranks' tokens of the step chose in a layer: the searched and the held-out half.
@@ -166,12 +175,12 @@ impl MoeModel {
         Ok(out)
     }
 
-    /// Takes note of the placement of a checkpoint, where it is another one.
-    pub(super) fn restore_placement(&mut self, extra: &serde_json::Value) -> Result<()> {
-        let saved = serde_json::from_value::<Option<Vec<Vec<Rank>>>>(extra["placement"].clone());
-        let Ok(Some(saved)) = saved else { return Ok(()) };
+    /// Goes on with the placement of a checkpoint whose weights are there, where it is another one (collective). A warning
+    /// where that one fails the check: the run then goes on with the placement that it was begun with.
+    pub(super) fn restore_placement(&mut self, moments: &mut [Moments]) -> Result<Option<String>> {
+        let Some(saved) = self.saved_placement.take() else { return Ok(None) };
         if saved == table(self.ranks.layers()) {
-            return Ok(());
+            return Ok(None);
         }
         let experts = self.parameters.spec().moe.router.num_experts;
         if saved.len() != self.ranks.layers().len() || saved.iter().any(|l| l.len() != experts) {
@@ -179,81 +188,114 @@ impl MoeModel {
         }
         let num_ranks = self.ranks.topology().num_ranks();
         let layers = saved.iter().map(|ranks| placed(num_ranks, ranks)).collect::<Result<_>>()?;
-        self.next = Some(Next { layers, before: vec![] });
-        Ok(())
+        match self.moved(layers)? {
+            Err(reason) => {
+                // Drift was measured from the placement that is not taken.
+                self.reference = self.ranks.promised_copies();
+                Ok(Some(format!(
+                    "the checkpoint's placement is not taken, experts stay where the run began: {reason}"
+                )))
+            }
+            Ok(new) => self.switch(new, moments).map(|()| None),
+        }
     }
 
-    /// Makes the model again with the noted placement; its weights are then those it was made with.
-    pub(super) fn remake_placed(&mut self) -> Result<bool> {
-        let Some(mut next) = self.next.take() else { return Ok(false) };
-        let Some(replacement) = self.replacement.take() else {
+    /// The model with its experts where `layers` say, and everything else as it is now; or why it cannot be made, or does not
+    /// compute the same. One answer on all ranks (collective); this model is not touched.
+    fn moved(&self, layers: Vec<LayerPlacement>) -> Result<Result<MoeModel, String>> {
+        let Some(replacement) = &self.replacement else {
             return Err(TrainError::request(
                 "the checkpoint has a placement that the run came to later: replacing must be allowed"
                     .to_owned(),
             ));
         };
-        next.before = self.probe()?;
-        let mut new = (replacement.remake)(self.ranks.with_layers(next.layers.clone()))?;
-        new.replacement = Some(replacement);
-        new.bias = self.bias.take();
-        (new.limit, new.reference) = (self.limit, self.reference);
-        new.replaced = true;
-        new.next = Some(next);
-        *self = new;
-        self.build()?;
-        Ok(true)
-    }
-
-    /// After the weights have come from the checkpoint: compares logits with those before, on every rank. An error of one is
-    /// one of all.
-    pub(super) fn check_remade(&mut self) -> Result<()> {
-        let Some(next) = self.next.take() else { return Ok(()) };
-        let after = self.probe()?;
-        let worst = next.before.iter().zip(&after).map(|(a, b)| difference(a, b));
-        let mut wrong = [worst.filter(|d| d.is_nan() || *d > MAX_PLACEMENT_DIFFERENCE).count() as f64];
-        let sum = self.ranks.comm().all_reduce_sum_f64("logits that differ", &mut wrong);
-        sum.map_err(|e| TrainError::model("comparing logits", e))?;
-        let texts = (TEXTS * self.ranks.comm().world_size()) as f64;
-        // A router's choice that rounding decides changes one text.
-        if wrong[0] * TEXTS as f64 > texts {
-            return Err(TrainError::request(format!(
-                "logits of {} of {texts} texts differ by more than {MAX_PLACEMENT_DIFFERENCE:.0e} of their range with the new placement",
-                wrong[0]
-            )));
+        let made = (replacement.remake)(self.ranks.with_layers(layers)).and_then(|new| self.begin_move(new));
+        if let Some(reason) = self.any_error(made.as_ref().err())? {
+            return Ok(Err(reason));
         }
-        Ok(())
+        let mut new = made?;
+        new.take_weights(self)?;
+        Ok(match self.differs_from(&new)? {
+            Some(reason) => Err(reason),
+            None => Ok(new),
+        })
     }
 
-    /// Logits of a few texts of random tokens, without a limit.
-    fn probe(&self) -> Result<Vec<Vec<f32>>> {
-        let Self { parameters, threads, ranks, bias, choices, .. } = self;
-        let model: Decoder = decoder(parameters, threads, ranks, None, bias.as_deref(), choices)?;
-        let spec = parameters.spec();
-        let len = TEXT_LEN.min(spec.context_len);
-        let logits = |text: usize| {
-            let id = |i: usize| {
-                let seed = key(&[ranks.comm().rank() as u64, text as u64, i as u64]);
-                (mix(seed) % spec.vocab_size as u64) as u32
-            };
-            let tokens: Vec<u32> = (0..len).map(id).collect();
-            let batch = Tokens::single(&tokens).map_err(failed("a batch for the self-check"))?;
-            let logits = model.forward(&batch, None, Logits::All, None).map_err(failed("self-check"))?;
-            let values = logits.flatten_all().and_then(|t| t.to_vec1::<f32>());
-            values.map_err(|e| TrainError::model("self-check", e))
+    /// Gives `new` what does not depend on where experts live; errors unless it has the same parameters.
+    fn begin_move(&self, mut new: MoeModel) -> Result<MoeModel> {
+        let each = |info: &ParameterInfo| match info.kind {
+            Kind::Experts(_) => info.shape.get(1..).map(<[_]>::to_vec),
+            Kind::Replicated => Some(info.shape.clone()),
         };
-        (0..TEXTS).map(logits).collect()
+        let mut pairs = self.infos.iter().zip(&new.infos);
+        if self.infos.len() != new.infos.len()
+            || pairs.any(|(a, b)| a.name != b.name || each(a) != each(b) || a.lr_scale != b.lr_scale)
+        {
+            return Err(TrainError::request("the model made for it has other parameters".to_owned()));
+        }
+        new.bias.clone_from(&self.bias);
+        (new.limit, new.reference, new.replaced) = (self.limit, self.reference, true);
+        new.build()?;
+        Ok(new)
+    }
+
+    /// What went wrong on the first rank where something did (collective).
+    fn any_error(&self, mine: Option<&TrainError>) -> Result<Option<String>> {
+        let message = mine.map(ToString::to_string).unwrap_or_default();
+        let all = self.ranks.comm().all_gather("making a model", Buffer::from_slice(message.as_bytes()));
+        let all = all.map_err(|e| TrainError::model("making a model", e))?;
+        let mut errors = all.iter().enumerate().filter(|(_, message)| !message.as_bytes().is_empty());
+        Ok(errors.next().map(|(rank, m)| format!("rank {rank}: {}", String::from_utf8_lossy(m.as_bytes()))))
+    }
+
+    /// Takes over all trained weights of `old`, which may be those of other ranks' experts there (collective).
+    fn take_weights(&mut self, old: &MoeModel) -> Result<()> {
+        for i in 0..self.slots.len() {
+            let values = old.values_for(self, i, &old.weights(i)?)?;
+            let take = |to: &mut [f32]| {
+                let (found, expected) = (values.len(), to.len());
+                if found != expected {
+                    return Err(TrainError::request(format!("{found} values for {expected} weights")));
+                }
+                to.copy_from_slice(&values);
+                Ok(())
+            };
+            match self.slots[i] {
+                Slot::Whole { parameter, .. } => {
+                    in_place(self.parameter(parameter).var().as_tensor(), &mut |w| take(w))?;
+                }
+                Slot::Factor { adapter, is_b } => {
+                    take(self.adapters[adapter].factor_and_gradient(is_b).0)?;
+                }
+            }
+        }
+        self.merge()
+    }
+
+    /// `mine`, values of this model's parameter `index`, as this rank has them in `new` (collective).
+    fn values_for(&self, new: &MoeModel, index: usize, mine: &[f32]) -> Result<Vec<f32>> {
+        match (&self.infos[index].kind, &new.infos[index].kind) {
+            (Kind::Experts(ids), Kind::Experts(wanted)) => {
+                gather::experts(&**self.ranks.comm(), &self.infos[index].name, (ids, mine), wanted)
+            }
+            _ => Ok(mine.to_vec()),
+        }
+    }
+
+    /// Switches to a model that has been checked, with its moments (collective). Only a rank's end can stop it on the way,
+    /// and that ends the run.
+    fn switch(&mut self, mut new: MoeModel, moments: &mut [Moments]) -> Result<()> {
+        for (i, of) in moments.iter_mut().enumerate() {
+            for values in [&mut of.mean, &mut of.square] {
+                *values = self.values_for(&new, i, values)?;
+            }
+        }
+        new.replacement = self.replacement.take();
+        *self = new;
+        Ok(())
     }
 }
 
 fn placed(num_ranks: usize, ranks: &[Rank]) -> Result<LayerPlacement> {
     LayerPlacement::from_expert_ranks(num_ranks, ranks).map_err(|e| TrainError::model("placing experts", e))
-}
-
-/// Largest difference, as a share of the range of `old`.
-fn difference(old: &[f32], new: &[f32]) -> f32 {
-    let (low, high) = old.iter().fold((f32::MAX, f32::MIN), |(l, h), &v| (l.min(v), h.max(v)));
-    // f32::max would lose a NaN.
-    let worst = old.iter().zip(new).map(|(a, b)| (a - b).abs());
-    let worst = worst.fold(0f32, |w, d| if d > w || d.is_nan() { d } else { w });
-    worst / (high - low).max(f32::MIN_POSITIVE)
 }

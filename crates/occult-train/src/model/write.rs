@@ -2,12 +2,11 @@
 
 use std::path::Path;
 
-use occult_comm::Buffer;
 use occult_model::hf::ExpertLayout;
 use occult_model::{ModelError, ParameterKind, StoredDtype};
 
 use crate::error::{Result, TrainError};
-use crate::model::MoeModel;
+use crate::model::{MoeModel, gather};
 
 impl MoeModel {
     /// Writes `model.safetensors` into the directory `to`, on all ranks together: rank 0 writes, the others send it their
@@ -34,28 +33,12 @@ impl MoeModel {
         let mine = p.var().flatten_all().and_then(|t| t.to_vec1::<f32>());
         let mine = mine.map_err(|e| TrainError::model("reading weights", e))?;
         let ParameterKind::Experts { layer } = p.kind() else { return Ok(mine) };
-        let Some(moe_layer) = self.model().spec().moe_layers().position(|l| l == layer) else {
-            return Err(TrainError::request(format!("layer {layer} has no experts")));
-        };
         let comm = self.ranks.comm();
         if comm.world_size() == 1 {
             return Ok(mine);
         }
-        let parts = comm.all_gather("experts of a layer", Buffer::from_slice(&mine));
-        let parts = parts.map_err(|e| TrainError::model("gathering experts", e))?;
-        let placement = self.ranks.computed(moe_layer)?;
-        let each: usize = p.var().dims().iter().skip(1).product();
-        let mut all = vec![0f32; placement.num_experts() * each];
-        for (rank, part) in parts.iter().enumerate() {
-            let ids = placement.experts_of(rank as occult_plan::Rank);
-            let values = part.try_as_slice::<f32>().filter(|v| v.len() == ids.len() * each);
-            let values = values.ok_or_else(|| {
-                TrainError::request(format!("{name}: {} bytes of rank {rank}", part.len_bytes()))
-            })?;
-            for (&e, values) in ids.iter().zip(values.chunks_exact(each.max(1))) {
-                all[usize::from(e) * each..][..each].copy_from_slice(values);
-            }
-        }
-        Ok(all)
+        let ids: Vec<u32> = self.model().experts_of(layer).iter().map(|&e| e as u32).collect();
+        let all: Vec<u32> = (0..self.model().spec().moe.router.num_experts as u32).collect();
+        gather::experts(&**comm, name, (&ids, &mine), &all)
     }
 }

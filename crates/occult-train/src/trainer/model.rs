@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use crate::checkpoint::Kind;
 use crate::data::Batch;
 use crate::error::{Result, TrainError};
+use crate::optim::Moments;
 
 /// A parameter that is trained.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,7 +42,8 @@ pub type Visitor<'a> = dyn FnMut(usize, &mut [f32], &mut [f32]) -> Result<()> + 
 pub trait TrainableModel {
     /// A text that tells this model's architecture from others (not its weights, and the same for any number of ranks).
     fn identity(&self) -> String;
-    /// What is trained. Never changes; parameters that are frozen are not in it.
+    /// What is trained, without what is frozen. Never changes, but for which experts a rank has: see
+    /// [`at_checkpoint`](Self::at_checkpoint).
     fn parameters(&self) -> &[ParameterInfo];
     /// The f32 master weights of a parameter.
     fn weights(&self, index: usize) -> Result<Cow<'_, [f32]>>;
@@ -72,20 +74,22 @@ pub trait TrainableModel {
     fn end_step(&mut self) -> Result<()> {
         Ok(())
     }
-    /// After a step at whose end a checkpoint is written: whatever the model changes there. Adds to the figures of the step.
-    fn at_checkpoint(&mut self, figures: &mut BTreeMap<String, f64>) -> Result<()> {
-        let _ = figures;
-        Ok(())
+    /// After a step at whose end a checkpoint is written, and before that: whatever the model changes there. Adds to the
+    /// figures of the step. Its parameters can be other experts' than before: it moves their `moments`, one per parameter,
+    /// with them. `Some`: a warning, the same on every rank.
+    fn at_checkpoint(
+        &mut self,
+        moments: &mut [Moments],
+        figures: &mut BTreeMap<String, f64>,
+    ) -> Result<Option<String>> {
+        let _ = (moments, figures);
+        Ok(None)
     }
-    /// Whether the model has made itself anew, because of [`at_checkpoint`](Self::at_checkpoint) or of what
-    /// [`restore_extra`](Self::restore_extra) has found: its parameters can then be other experts' than before, and wait for
-    /// the weights of the checkpoint. [`remade`](Self::remade) is called when they have them.
-    fn remake(&mut self) -> Result<bool> {
-        Ok(false)
-    }
-    /// After [`remake`](Self::remake) and the weights: checks that the model is the same.
-    fn remade(&mut self) -> Result<()> {
-        Ok(())
+    /// After [`restore_extra`](Self::restore_extra) and the weights of a checkpoint: whatever the model changes because of
+    /// them, as [`at_checkpoint`](Self::at_checkpoint) does.
+    fn restored(&mut self, moments: &mut [Moments]) -> Result<Option<String>> {
+        let _ = moments;
+        Ok(None)
     }
     /// What else must be saved, the same on every rank.
     fn extra(&self) -> serde_json::Value {

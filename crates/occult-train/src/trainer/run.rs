@@ -111,6 +111,7 @@ pub struct Trainer<'a> {
     log: Option<Log>,
     validation: Option<Validation<'a>>,
     threads: usize,
+    warning: Option<String>,
 }
 
 /// What is measured while training: mean loss per set of held-out sequences.
@@ -164,6 +165,7 @@ impl<'a> Trainer<'a> {
             log,
             validation,
             threads,
+            warning: None,
         };
         match (new.saved.clone(), resume) {
             (Some(path), true) => new.restore(&path)?,
@@ -230,19 +232,13 @@ impl<'a> Trainer<'a> {
         self.read_weights(&mut checkpoint)?;
         self.state = checkpoint.state().clone();
         self.model.restore_extra(&self.state.extra)?;
-        self.remake(path)
+        self.warning = self.model.restored(&mut self.moments)?;
+        Ok(())
     }
 
-    /// Lets the model make itself anew where it wants to, and gives it the weights of the checkpoint of this moment.
-    fn remake(&mut self, path: &Path) -> Result<()> {
-        if !self.model.remake()? {
-            return Ok(());
-        }
-        self.moments =
-            self.model.parameters().iter().map(|p| Moments::new(p.shape.iter().product())).collect();
-        let read = Checkpoint::open(path).and_then(|mut checkpoint| self.read_weights(&mut checkpoint));
-        self.agree("reading a checkpoint for another placement", read)?;
-        self.model.remade()
+    /// What a resumed run could not do as its checkpoint says.
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
     }
 
     fn read_weights(&mut self, checkpoint: &mut Checkpoint) -> Result<()> {
@@ -360,8 +356,9 @@ impl<'a> Trainer<'a> {
         if due {
             total.figures.extend(self.evaluate()?);
         }
+        let mut warning = None;
         if self.is_due() && !skipped {
-            self.model.at_checkpoint(&mut total.figures)?;
+            warning = self.model.at_checkpoint(&mut self.moments, &mut total.figures)?;
         }
         let entry = Entry {
             step: self.state.step,
@@ -373,6 +370,7 @@ impl<'a> Trainer<'a> {
             tokens_per_s,
             limit,
             figures: total.figures,
+            warning,
         };
         let logged = self.log.as_mut().map_or(Ok(()), |log| log.push(&entry));
         self.agree("writing the log", logged)?;
@@ -483,8 +481,7 @@ impl<'a> Trainer<'a> {
             let entry = self.step()?;
             each(&entry);
             if self.is_due() {
-                let path = self.save()?;
-                self.remake(&path)?;
+                self.save()?;
             }
         }
     }
