@@ -61,14 +61,10 @@ impl TrainedExperts {
     ) -> Result<Self> {
         let failed = |e: MoeError| TrainError::model(format!("layer {number}"), e);
         let experts = parameters.experts(number).map_err(|e| TrainError::model("experts", e))?;
-        let layer = ExpertParallelLayer::new(
-            ranks.comm().clone(),
-            router.rule().clone(),
-            ranks.computed(moe_layer)?,
-            ranks.layer_options()?,
-            threads.clone(),
-        )
-        .map_err(failed)?;
+        let (rule, computed) = (router.rule().clone(), ranks.computed(moe_layer)?);
+        let options = ranks.layer_options(&computed, rule.top_k, max_ranks)?;
+        let layer = ExpertParallelLayer::new(ranks.comm().clone(), rule, computed, options, threads.clone());
+        let layer = layer.map_err(failed)?;
         let limit = match max_ranks.filter(|&n| n < ranks.topology().num_ranks()) {
             None => None,
             Some(n) => Some(Limit {

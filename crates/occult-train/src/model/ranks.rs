@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use occult_comm::{Communicator, SoloComm};
-use occult_moe::{LayerOptions, PruneRule, topology_of};
+use occult_moe::{LayerOptions, Overlap, PruneRule, topology_of};
 use occult_plan::prune::check_limit;
+use occult_plan::traffic::uniform_copies;
 use occult_plan::{Budget, ExpertId, LayerPlacement, Rank, SimilarityTable, Topology};
 
 use crate::error::{Result, TrainError};
@@ -25,6 +26,7 @@ pub struct ExpertRanks {
     /// With any number of ranks: see [`Self::budget`].
     budget: Budget,
     promised_copies: Option<f64>,
+    overlap: Overlap,
 }
 
 impl ExpertRanks {
@@ -59,7 +61,8 @@ impl ExpertRanks {
         }
         let rules = vec![rule; layers.len()];
         let budget = Budget::Fixed { max_ranks: ranks };
-        Ok(Self { comm, topology, layers, rules, budget, promised_copies: None })
+        let overlap = Overlap::default();
+        Ok(Self { comm, topology, layers, rules, budget, promised_copies: None, overlap })
     }
 
     /// How many ranks a token may visit where there is a limit: its kind; the limit in force takes the place of its own.
@@ -80,6 +83,11 @@ impl ExpertRanks {
     /// Copies per token that the placement's maker measured: what drift is measured from, instead of the first step.
     pub fn with_promised_copies(self, promised_copies: Option<f64>) -> Self {
         Self { promised_copies: promised_copies.filter(|c| *c > 0.0 && c.is_finite()), ..self }
+    }
+
+    /// Exchange beside compute, for the ranks that compute. What is learned depends on the parts by rounding only.
+    pub fn with_overlap(self, overlap: Overlap) -> Self {
+        Self { overlap, ..self }
     }
 
     pub(super) fn promised_copies(&self) -> Option<f64> {
@@ -160,9 +168,19 @@ impl ExpertRanks {
         LayerPlacement::from_expert_ranks(world, &ranks).map_err(|e| TrainError::model("placing experts", e))
     }
 
-    pub(super) fn layer_options(&self) -> Result<LayerOptions> {
+    /// How the layer that computes the experts of `computed` runs, where a token visits at most `max_ranks` placed ranks.
+    pub(super) fn layer_options(
+        &self,
+        computed: &LayerPlacement,
+        top_k: usize,
+        max_ranks: Option<usize>,
+    ) -> Result<LayerOptions> {
         let topology = topology_of(&*self.comm).map_err(|e| TrainError::model("topology", e))?;
-        Ok(LayerOptions::new(topology))
+        // The layer does not know of the limit, which is on placed ranks: several may compute for one of these.
+        let most = max_ranks.map(|n| n * topology.num_ranks().div_ceil(self.topology.num_ranks()));
+        let uniform = uniform_copies(computed, topology, top_k).map(|[ranks, _]| ranks);
+        let copies_per_token = uniform.map(|ranks| most.map_or(ranks, |most| ranks.min(most as f64)));
+        Ok(LayerOptions { overlap: self.overlap.clone(), copies_per_token, ..LayerOptions::new(topology) })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The real model under the trainer: ranks, limits, low-rank updates, gradients, writing back.
 
 mod balance;
+mod overlap;
 mod replace;
 
 use std::collections::BTreeMap;
@@ -11,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use occult_comm::{Communicator, SoloComm, ThreadOptions, run_threads};
 use occult_model::hf::ExpertLayout;
 use occult_model::{LoadOptions, ModelFiles, ParameterKind, StoredDtype, Threads};
-use occult_moe::PruneRule;
+use occult_moe::{Overlap, PruneRule};
 use occult_plan::{ExpertId, LayerPlacement, Topology};
 use occult_train::TrainError;
 use occult_train::checkpoint::{DiskFiles, Kind, latest};
@@ -117,9 +118,22 @@ type Run = (BTreeMap<String, Vec<f32>>, Vec<f64>, Vec<Option<f64>>);
 
 /// Trains on `world` ranks until `stop_at`; what is written, losses and `C_T` of every step.
 fn train(case: &str, world: usize, limit: Option<usize>, dir: &Path, stop_at: u64, resume: bool) -> Run {
+    train_in_parts(&Overlap::Off, case, world, limit, dir, stop_at, resume)
+}
+
+fn train_in_parts(
+    overlap: &Overlap,
+    case: &str,
+    world: usize,
+    limit: Option<usize>,
+    dir: &Path,
+    stop_at: u64,
+    resume: bool,
+) -> Run {
     let results = run_threads(world, &ThreadOptions::default(), |comm| {
         let comm: Arc<dyn Communicator> = Arc::from(comm);
-        let mut model = model(case, comm.clone(), plain());
+        let ranks = ranks(case, comm.clone()).with_overlap(overlap.clone());
+        let mut model = MoeModel::read(&files(case), ranks, plain())?;
         let (loader, group) = (loader(), CommGroup(comm.clone()));
         let (mut losses, mut copies) = (vec![], vec![]);
         let mut trainer = Trainer::new(&mut model, &loader, &group, options(limit), dir, &DiskFiles, resume)?;
