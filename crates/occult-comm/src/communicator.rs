@@ -111,13 +111,13 @@ pub trait Exchange: Send + Debug {
     /// Whether `wait` would return at once. Gives the transport a chance to move data.
     ///
     /// # Errors
-    /// `Peer`, `Mismatch`, `Transport`.
+    /// Those of `wait`; `Timeout` when the first call that found a part missing is longer ago than a wait may take.
     fn test(&mut self) -> Result<bool>;
 
     /// Waits for everybody's part.
     ///
     /// # Errors
-    /// `Peer`, `Timeout`, `Mismatch`, `Memory`, `Transport`.
+    /// `Peer`, `Timeout`, `Stopped`, `Mismatch`, `Memory`, `Transport`.
     fn wait(self: Box<Self>) -> Result<Received>;
 }
 

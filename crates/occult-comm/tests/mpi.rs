@@ -105,6 +105,10 @@ tests! {
     different_long_lengths_are_named: fault_is_named("long-lengths");
     an_early_leave_is_named: fault_is_named("early-leave");
     an_absent_rank_is_named: fault_is_named("absence");
+    polling_an_early_leave_is_named: fault_is_named("polled-early-leave");
+    polling_an_absent_rank_is_named: fault_is_named("polled-absence");
+    polling_ends_when_told_to_stop: fault_is_named("polled-termination");
     a_stopped_process_is_named: fault_is_named("stopped");
+    a_process_stopped_amid_data_is_named: fault_is_named("stopped-amid-data");
     a_killed_process_is_named: kill_is_named();
 }

@@ -31,6 +31,22 @@ pub(super) struct Round {
     sources: Sources,
     /// What has come, by rank of the group; this rank's own part is there from the start.
     parts: Vec<Option<Payload>>,
+    /// Since the first look of a caller who looks instead of waiting.
+    polled: Option<Patience>,
+}
+
+/// How long a wait still goes on.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    deadline: Instant,
+    /// World rank of a peer that has left without its part.
+    left: Option<usize>,
+}
+
+impl Patience {
+    fn new(limit: Duration) -> Self {
+        Self { deadline: Instant::now() + limit, left: None }
+    }
 }
 
 impl Round {
@@ -59,6 +75,7 @@ impl Round {
             expect,
             sources,
             parts: vec![None; num_ranks],
+            polled: None,
         };
         group.post.opened();
         if !out.is_empty() {
@@ -159,51 +176,61 @@ impl Round {
         }
     }
 
+    /// Looks once at what has come. Returns whether that is everything; an error when the rest is not worth waiting for.
+    fn look(&mut self, patience: &mut Patience) -> Result<bool> {
+        let group = Arc::clone(&self.group);
+        let post = &group.post;
+        post.note(self.what, &|| self.missing_ranks());
+        post.progress()?;
+        let mut gone = None;
+        if self.collect(&mut gone)? {
+            return Ok(true);
+        }
+        if post.stopped() {
+            let waiting_for = self.missing_ranks();
+            return Err(CommError::Stopped { what: self.what, rank: post.rank(), waiting_for });
+        }
+        let now = Instant::now();
+        if patience.left.is_none() && gone.is_some() {
+            patience.left = gone;
+            patience.deadline = patience.deadline.min(now + REASON_GRACE);
+        }
+        if now < patience.deadline {
+            return Ok(false);
+        }
+        Err(match patience.left {
+            Some(rank) => CommError::Peer {
+                what: self.what,
+                rank,
+                reason: "it has left the group without taking part".into(),
+            },
+            None => CommError::Timeout {
+                what: self.what,
+                rank: post.rank(),
+                waiting_for: self.missing_ranks(),
+                after: post.limit(),
+            },
+        })
+    }
+
+    /// Looks once for a caller who does not wait, but no longer than a wait would.
     fn poll(&mut self) -> Result<bool> {
-        self.group.post.progress()?;
-        self.collect(&mut None)
+        let mut patience = self.polled.unwrap_or_else(|| Patience::new(self.group.post.limit()));
+        let complete = self.look(&mut patience);
+        self.polled = Some(patience);
+        complete
     }
 
     /// Waits for every part: payloads by rank of the group (empty where nothing was to come).
     pub(super) fn wait(mut self) -> Result<Vec<Payload>> {
         let group = Arc::clone(&self.group);
-        let (post, mailbox) = (&group.post, group.post.mailbox());
-        let start = Instant::now();
-        let mut deadline = start + post.limit();
-        let mut left = None;
+        let mut patience = Patience::new(group.post.limit());
         for round in 0.. {
-            let seen = mailbox.version();
-            post.note(self.what, &|| self.missing_ranks());
-            post.progress()?;
-            let mut gone = None;
-            if self.collect(&mut gone)? {
+            let seen = group.post.mailbox().version();
+            if self.look(&mut patience)? {
                 break;
             }
-            if post.stopped() {
-                let waiting_for = self.missing_ranks();
-                return Err(CommError::Stopped { what: self.what, rank: post.rank(), waiting_for });
-            }
-            let now = Instant::now();
-            if left.is_none() && gone.is_some() {
-                left = gone;
-                deadline = deadline.min(now + REASON_GRACE);
-            }
-            if now >= deadline {
-                return Err(match left {
-                    Some(rank) => CommError::Peer {
-                        what: self.what,
-                        rank,
-                        reason: "it has left the group without taking part".into(),
-                    },
-                    None => CommError::Timeout {
-                        what: self.what,
-                        rank: post.rank(),
-                        waiting_for: self.missing_ranks(),
-                        after: post.limit(),
-                    },
-                });
-            }
-            post.pause(seen, round, deadline);
+            group.post.pause(seen, round, patience.deadline);
         }
         Ok(self.parts.iter_mut().map(|part| part.take().unwrap_or(Payload::Empty)).collect())
     }

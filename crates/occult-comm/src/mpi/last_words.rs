@@ -95,29 +95,36 @@ impl LastWords {
         }
     }
 
-    /// Ends the process, saying what it was doing, when MPI holds a call for ever because a rank has died (Open MPI does), or
-    /// when the launcher is about to kill it. Runs in a thread of its own, as long as the process.
-    pub(super) fn speak_when_held(&self, mailbox: &Mailbox) -> ! {
-        let mut call = (0, Instant::now());
-        let mut stopped = None;
+    /// Ends the process, saying what it was doing, when a call of MPI does not come back: because a rank has died (Open MPI holds
+    /// calls for ever then), or for longer than `limit`; or when the launcher is about to kill it. Runs in a thread of its own,
+    /// as long as the process.
+    pub(super) fn speak_when_held(&self, mailbox: &Mailbox, limit: Duration) -> ! {
+        let mut watch = Watch { call: (0, Instant::now()), stopped: None };
         loop {
             std::thread::sleep(PERIOD);
-            let calls = self.calls.load(Ordering::Relaxed);
-            if calls.is_multiple_of(2) || calls != call.0 {
-                call = (calls, Instant::now());
-            }
-            if self.stopped() {
-                stopped.get_or_insert_with(Instant::now);
-            }
-            let (failure, reason) = (mailbox.failure(), self.reason.get());
-            let lost = failure.is_some() || reason.is_some();
-            let held = lost && call.1.elapsed() > PATIENCE;
-            let killed = reason.is_none() && stopped.is_some_and(|at| at.elapsed() > PATIENCE);
-            if held || killed {
+            let failure = mailbox.failure();
+            if self.is_lost(&mut watch, failure.is_some(), limit, Instant::now()) {
                 self.say(failure.as_ref());
                 std::process::abort();
             }
         }
+    }
+
+    /// Whether the process cannot go on: one look, at `now`.
+    fn is_lost(&self, watch: &mut Watch, failed: bool, limit: Duration, now: Instant) -> bool {
+        let calls = self.calls.load(Ordering::Relaxed);
+        if calls.is_multiple_of(2) || calls != watch.call.0 {
+            watch.call = (calls, now);
+        }
+        if self.stopped() {
+            watch.stopped.get_or_insert(now);
+        }
+        let told = self.reason.get().is_some();
+        // Behind a rank that is silent a call may hang with no failure known, and with it whoever looks at deadlines.
+        let patience = if failed || told { PATIENCE } else { limit.max(PATIENCE) };
+        let held = now.duration_since(watch.call.1) > patience;
+        let killed = !told && watch.stopped.is_some_and(|at| now.duration_since(at) > PATIENCE);
+        held || killed
     }
 
     fn say(&self, failure: Option<&Failure>) {
@@ -128,15 +135,82 @@ impl LastWords {
             (None, Some(failure)) => {
                 format!("rank {rank}: {} while `{what}` with rank {with} was under way\n", named(failure))
             }
-            (None, None) => {
+            (None, None) if self.stopped() => {
                 format!("rank {rank}: told to stop while `{what}` with rank {with} was under way\n")
             }
+            (None, None) => format!("rank {rank}: `{what}` with rank {with}: MPI does not return\n"),
         };
         // One write: what MPI and other ranks print does not come between.
         let _ = std::io::stderr().write_all(words.as_bytes());
     }
 }
 
+/// What was seen so far by the thread that looks for calls that do not come back.
+struct Watch {
+    /// The count of calls, and since when it stands.
+    call: (u64, Instant),
+    /// When the process was first seen to be asked to end.
+    stopped: Option<Instant>,
+}
+
 fn named(failure: &Failure) -> String {
     format!("rank {} failed: {}", failure.rank, failure.reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+    const MOMENT: Duration = Duration::from_millis(1);
+
+    /// Whether the process is lost so long after a first look in which nothing was.
+    fn lost_after(words: &LastWords, failed: bool, limit: Duration, time: Duration) -> bool {
+        let begin = Instant::now();
+        let mut watch = Watch { call: (0, begin), stopped: None };
+        assert!(!words.is_lost(&mut watch, failed, limit, begin));
+        words.is_lost(&mut watch, failed, limit, begin + time)
+    }
+
+    #[test]
+    fn a_call_may_take_as_long_as_a_wait() {
+        let words = LastWords::new(0, Arc::default());
+        words.calling(|| {
+            assert!(!lost_after(&words, false, LIMIT, LIMIT));
+            assert!(lost_after(&words, false, LIMIT, LIMIT + MOMENT));
+            // MPI may take a moment however short the limit.
+            assert!(!lost_after(&words, false, MOMENT, PATIENCE));
+        });
+        // Nothing is held between calls.
+        assert!(!lost_after(&words, false, LIMIT, 2 * LIMIT));
+    }
+
+    #[test]
+    fn every_call_has_its_own_time() {
+        let words = LastWords::new(0, Arc::default());
+        let begin = Instant::now();
+        let mut watch = Watch { call: (0, begin), stopped: None };
+        words.calling(|| assert!(!words.is_lost(&mut watch, false, LIMIT, begin)));
+        words.calling(|| {
+            assert!(!words.is_lost(&mut watch, false, LIMIT, begin + LIMIT + MOMENT));
+            assert!(words.is_lost(&mut watch, false, LIMIT, begin + 2 * LIMIT + 2 * MOMENT));
+        });
+    }
+
+    #[test]
+    fn a_call_after_a_failure_is_soon_given_up() {
+        let words = LastWords::new(0, Arc::default());
+        words.calling(|| assert!(lost_after(&words, true, LIMIT, PATIENCE + MOMENT)));
+        words.fail("made up");
+        words.calling(|| assert!(lost_after(&words, false, LIMIT, PATIENCE + MOMENT)));
+        assert!(!lost_after(&words, true, LIMIT, LIMIT));
+    }
+
+    #[test]
+    fn a_stopped_process_ends_unless_its_user_has_the_word() {
+        let words = LastWords::new(0, Arc::new(AtomicBool::new(true)));
+        assert!(lost_after(&words, false, LIMIT, PATIENCE + MOMENT));
+        words.fail("made up");
+        assert!(!lost_after(&words, false, LIMIT, PATIENCE + MOMENT));
+    }
 }

@@ -16,7 +16,7 @@ use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::group::{Group, GroupComm};
 use crate::post::Post;
@@ -28,8 +28,8 @@ use universe::Universe;
 
 /// Whether MPI was started in this process.
 static STARTED: AtomicBool = AtomicBool::new(false);
-/// This rank, when [`run_mpi`] has left MPI as it was at its end.
-static NOT_ENDED: OnceLock<usize> = OnceLock::new();
+/// This rank and its longest wait, when [`run_mpi`] has left MPI as it was at its end.
+static NOT_ENDED: OnceLock<(usize, Duration)> = OnceLock::new();
 /// Whether the process of rank 0 has ended after all ranks were done.
 static RANK_0_ENDED: AtomicBool = AtomicBool::new(false);
 /// Longest wait for MPI to end the program.
@@ -38,7 +38,7 @@ const ABORT_LIMIT: Duration = Duration::from_secs(5);
 /// How the ranks of an MPI program run.
 #[derive(Debug, Clone)]
 pub struct MpiOptions {
-    /// Longest wait of one operation, and of starting MPI.
+    /// Longest wait of one operation, and of starting MPI. A call of MPI that takes longer ends the process.
     pub limit: Duration,
 }
 
@@ -104,7 +104,7 @@ where
     };
     end().map_err(|error| fail(RankError::NotEnded(error.to_string())))?;
     if several_hosts && universe::hangs_at_its_end(&mpi::environment::library_version().unwrap_or_default()) {
-        let _ = NOT_ENDED.set(rank);
+        let _ = NOT_ENDED.set((rank, options.limit));
     } else if !universe.end(options.limit) {
         let reason = format!("ending MPI took more than {} s", options.limit.as_secs_f64());
         return Err(RankError::NotEnded(reason));
@@ -113,19 +113,30 @@ where
 }
 
 /// The last call of a program, with its exit code: ends it where [`run_mpi`] could not end MPI, and does nothing otherwise. That is
-/// MPICH before 4.2 over UCX between hosts, which hangs when it is ended.
+/// MPICH before 4.2 over UCX between hosts, which hangs when it is ended. Ranks other than 0 then wait for the end of rank 0, no
+/// longer than [`MpiOptions::limit`].
 pub fn end_mpi(code: i32) {
     match NOT_ENDED.get() {
         None => {}
-        Some(0) => leave_mpi(code, Duration::ZERO),
+        Some((0, _)) => leave_mpi(code, Duration::ZERO),
         // They have no more to do than to be ended by rank 0, which may still write its results.
-        Some(_) => {
-            while !RANK_0_ENDED.load(Ordering::Acquire) {
-                std::thread::sleep(Duration::from_millis(100));
-            }
+        Some(&(_, limit)) => {
+            wait_for(&RANK_0_ENDED, limit);
             std::process::exit(code)
         }
     }
+}
+
+/// Returns when the flag is set, `false` when that takes more than `limit`.
+fn wait_for(flag: &AtomicBool, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    while !flag.load(Ordering::Acquire) {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(100).min(limit));
+    }
+    true
 }
 
 /// Ends this process, and with it the MPI program, after a failure. The other ranks get `grace` to report theirs: they
@@ -180,4 +191,17 @@ fn meet(post: &Arc<MpiPost>, num_ranks: usize, over: &Arc<AtomicBool>) -> Result
         });
     }
     Ok(cards.iter().map(|(host, _)| cards.iter().position(|(other, _)| other == host).unwrap_or(0)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flag_is_waited_for_no_longer_than_the_limit() {
+        let flag = AtomicBool::new(true);
+        assert!(wait_for(&flag, Duration::from_secs(3600)));
+        flag.store(false, Ordering::Release);
+        assert!(!wait_for(&flag, Duration::ZERO));
+    }
 }

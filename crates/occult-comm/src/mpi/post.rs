@@ -163,7 +163,7 @@ impl MpiPost {
 
     /// See [`LastWords::speak_when_held`].
     pub(super) fn speak_when_held(&self) -> ! {
-        self.words.speak_when_held(&self.mailbox)
+        self.words.speak_when_held(&self.mailbox, self.limit)
     }
 
     /// The process of another rank has ended.
@@ -301,7 +301,7 @@ fn nap(round: u32, longest: Duration, deadline: Instant) {
     std::thread::sleep(grown.min(longest).min(deadline.saturating_duration_since(Instant::now())));
 }
 
-/// Keeps the helper's thread and ends it when dropped.
+/// Keeps the helper's thread and ends it when dropped: it may be in a call of MPI, which ends within the limit or the process does.
 #[derive(Debug)]
 pub(super) struct Helper {
     post: Arc<MpiPost>,

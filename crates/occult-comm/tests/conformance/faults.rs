@@ -32,6 +32,8 @@ pub(crate) const FAULTS: &[Fault] = &[
     Fault { name: "long-lengths", silent: false, run: long_lengths },
     Fault { name: "early-leave", silent: false, run: early_leave },
     Fault { name: "absence", silent: true, run: absence },
+    Fault { name: "polled-early-leave", silent: false, run: polled_early_leave },
+    Fault { name: "polled-absence", silent: true, run: polled_absence },
 ];
 
 /// Whether an error of a rank other than the culprit says what it must.
@@ -144,9 +146,39 @@ fn early_leave(comm: &dyn Communicator, culprit: bool) -> Result<(), CommError> 
 
 fn absence(comm: &dyn Communicator, culprit: bool) -> Result<(), CommError> {
     if culprit {
-        // Neither comes nor leaves until the others have given up.
-        let (_alive, never) = channel::<()>();
-        let _ = never.recv_timeout(comm.limit() + Duration::from_millis(500));
+        stay_away(comm);
     }
     exchange(comm)
+}
+
+/// Neither comes nor leaves until the others have given up.
+pub(crate) fn stay_away(comm: &dyn Communicator) {
+    let (_alive, never) = channel::<()>();
+    let _ = never.recv_timeout(comm.limit() + Duration::from_millis(500));
+}
+
+/// As `exchange`, never waiting. `begun` comes between its start and the first look.
+pub(crate) fn poll(
+    comm: &dyn Communicator,
+    begun: impl FnOnce() -> Result<(), CommError>,
+) -> Result<(), CommError> {
+    let bytes = vec![100; comm.world_size()];
+    let buffer = Buffer::zeroed::<u8>(100 * comm.world_size());
+    let mut exchange = comm.start_exchange(WHAT, buffer, &bytes, Expect::Bytes(bytes.clone()))?;
+    begun()?;
+    while !exchange.test()? {
+        std::thread::yield_now();
+    }
+    exchange.wait().map(drop)
+}
+
+fn polled_early_leave(comm: &dyn Communicator, culprit: bool) -> Result<(), CommError> {
+    if culprit { Ok(()) } else { poll(comm, || Ok(())) }
+}
+
+fn polled_absence(comm: &dyn Communicator, culprit: bool) -> Result<(), CommError> {
+    if culprit {
+        stay_away(comm);
+    }
+    poll(comm, || Ok(()))
 }

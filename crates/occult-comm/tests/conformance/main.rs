@@ -5,17 +5,21 @@ mod faults;
 
 use std::time::Duration;
 
-use cases::CASES;
+use cases::{CASES, Case};
 use faults::{FAULTS, names_the_culprit};
-use occult_comm::{CommError, RankError, SoloComm, ThreadOptions, run_threads};
+use occult_comm::{CommError, Communicator, Metered, RankError, SoloComm, ThreadOptions, run_threads};
 
 fn options(seconds: u64) -> ThreadOptions {
     ThreadOptions { limit: Duration::from_secs(seconds), ..ThreadOptions::default() }
 }
 
 fn conforms(num_ranks: usize) {
+    conform(num_ranks, |case, comm| (case.run)(&*comm));
+}
+
+fn conform(num_ranks: usize, run: impl Fn(&Case, Box<dyn Communicator>) -> Result<(), CommError> + Sync) {
     for case in CASES {
-        let results = run_threads(num_ranks, &options(60), |comm| (case.run)(&*comm));
+        let results = run_threads(num_ranks, &options(60), |comm| run(case, comm));
         if let Err((rank, error)) = results.all() {
             panic!("`{}` with {num_ranks} ranks, rank {rank}: {error}", case.name);
         }
@@ -52,6 +56,13 @@ fn threads_4_conform() {
 #[test]
 fn threads_8_conform() {
     conforms(8);
+}
+
+#[test]
+fn what_counts_conforms() {
+    for num_ranks in [1, 3] {
+        conform(num_ranks, |case, comm| (case.run)(&Metered::new(comm)));
+    }
 }
 
 #[test]
@@ -95,7 +106,7 @@ fn the_cause_is_told_apart_from_its_consequences() {
 
 #[test]
 fn one_rank_alone_checks_its_counts_and_its_abort() {
-    use occult_comm::{Buffer, Communicator, Expect};
+    use occult_comm::{Buffer, Expect};
     let comm = SoloComm::new();
     let start = |expect| comm.start_exchange("rows", Buffer::zeroed::<u8>(5), &[5], expect).map(drop);
     assert!(matches!(start(Expect::Bytes(vec![4])), Err(CommError::Mismatch { peer: 0, .. })));

@@ -10,15 +10,21 @@ use std::process::Command;
 use std::time::Duration;
 
 use cases::CASES;
-use faults::{FAULTS, Fault, WHAT, names_the_culprit};
+use faults::{FAULTS, Fault, WHAT, names_the_culprit, poll, stay_away};
 use occult_comm::{
     Buffer, CommError, Communicator, Expect, MpiOptions, RankError, end_mpi, leave_mpi, run_mpi,
 };
 
 /// Faults that only processes can have.
 const PROCESS_FAULTS: &[Fault] = &[
-    Fault { name: "killed", silent: true, run: |comm, culprit| signal(comm, culprit, "KILL") },
-    Fault { name: "stopped", silent: true, run: |comm, culprit| signal(comm, culprit, "STOP") },
+    Fault { name: "killed", silent: true, run: |comm, culprit| signalled(comm, culprit, "KILL", 100) },
+    Fault { name: "stopped", silent: true, run: |comm, culprit| signalled(comm, culprit, "STOP", 100) },
+    Fault {
+        name: "stopped-amid-data",
+        silent: true,
+        run: |comm, culprit| signalled(comm, culprit, "STOP", 2_000_000),
+    },
+    Fault { name: "polled-termination", silent: false, run: polled_termination },
 ];
 
 fn main() {
@@ -79,15 +85,34 @@ fn say(line: &str) {
     let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());
 }
 
-fn signal(comm: &dyn Communicator, culprit: bool, signal: &str) -> Result<(), CommError> {
-    let bytes = vec![100; comm.world_size()];
-    let exchange = |what| {
-        let buffer = Buffer::zeroed::<u8>(100 * comm.world_size());
+/// The culprit gets a signal before an exchange in which so many bytes go to each rank.
+fn signalled(comm: &dyn Communicator, culprit: bool, name: &str, len: usize) -> Result<(), CommError> {
+    let exchange = |what, len: usize| {
+        let bytes = vec![len; comm.world_size()];
+        let buffer = Buffer::zeroed::<u8>(len * comm.world_size());
         comm.exchange(what, buffer, &bytes, Expect::Bytes(bytes.clone())).map(drop)
     };
-    exchange("first")?;
+    exchange("first", 100)?;
     if culprit {
-        let _ = Command::new("kill").args([&format!("-{signal}"), &std::process::id().to_string()]).status();
+        signal(name);
     }
-    exchange(WHAT)
+    exchange(WHAT, len)
+}
+
+/// The ranks that look for the culprit's part are told to end.
+fn polled_termination(comm: &dyn Communicator, culprit: bool) -> Result<(), CommError> {
+    let group = comm.split("those who look", usize::from(culprit))?;
+    if culprit {
+        stay_away(comm);
+    }
+    poll(comm, || {
+        // The parts of the others have come before they meet: only the culprit's is missing.
+        group.barrier("begun")?;
+        signal("TERM");
+        Ok(())
+    })
+}
+
+fn signal(name: &str) {
+    let _ = Command::new("kill").args([&format!("-{name}"), &std::process::id().to_string()]).status();
 }
