@@ -302,6 +302,19 @@ impl Pool {
     }
 }
 
+/// Calls `work` as if it were a task: calls of [`Threads`] inside it run on this thread.
+#[cfg(all(test, feature = "candle"))]
+pub(crate) fn alone<R>(work: impl FnOnce() -> R) -> R {
+    struct Leave(bool);
+    impl Drop for Leave {
+        fn drop(&mut self) {
+            INSIDE_TASK.set(self.0);
+        }
+    }
+    let _leave = Leave(INSIDE_TASK.replace(true));
+    work()
+}
+
 /// A mutex whose data stay meaningful after a panic.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{FRONT, Layer, Rng, Stored, Weight, assert_close, budgets};
+use common::{FRONT, Layer, Rng, STORED, Stored, Weight, assert_close, budgets};
 use occult_kernels::linear::{self, LinearDims};
 use occult_kernels::smm::{self, ExpertDims, MergeGrads, MergeInputs, ScatterGrads};
 use occult_kernels::{KernelError, Matrix, SparseRows, Threads};
@@ -112,29 +112,68 @@ fn nan_and_infinity_go_where_the_reference_sends_them() {
         for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -200.0] {
             let mut layer = Layer::new(11, Stored::F32, dims, num_rows, 4, share);
             layer.x[dims.hidden + 3] = special;
-            let (rows, up, down) = (&layer.rows, layer.up(), layer.down());
-            let mut pre = vec![0.0; rows.num_expanded() * 2 * dims.intermediate];
-            smm::reference::scatter(rows, dims, &layer.x, &up, &mut pre);
-            let inputs = MergeInputs { pre: &pre, row_weights: &layer.row_weights, w_down: &down };
-            let mut y = vec![0.0; layer.x.len()];
-            smm::reference::merge(rows, dims, inputs, &mut y);
-            let mut dy = Rng(12).values(y.len());
+            let mut dy = Rng(12).values(layer.x.len());
             dy[2 * dims.hidden + 1] = special;
-            let expected = gradients(&layer, &pre, &dy, None);
-            for threads in budgets(2) {
-                let mut found = vec![0.0; pre.len()];
-                smm::scatter(&threads, rows, dims, &layer.x, &up, &mut found).unwrap();
-                assert_same_kind(&found, &pre);
-                let mut found = vec![0.0; y.len()];
-                smm::merge(&threads, rows, dims, inputs, &mut found).unwrap();
-                assert_same_kind(&found, &y);
-                let (experts, weights) = (layer.experts(), &layer.row_weights);
-                smm::expert_ffn(&threads, rows, dims, &layer.x, &experts, weights, &mut found).unwrap();
-                assert_same_kind(&found, &y);
-                for (found, expected) in gradients(&layer, &pre, &dy, Some(&threads)).iter().zip(&expected) {
-                    assert_same_kind(found, expected);
+            assert_layer_is_of_the_kind_of_the_reference(&layer, &dy);
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "too slow")]
+fn nan_and_infinity_in_weights_go_where_the_reference_sends_them() {
+    let dims = ExpertDims { hidden: 40, intermediate: 36 };
+    // With every instruction set: few rows, rows that are many for weights of four bytes, and for those of two.
+    for (num_rows, share, least) in [(4, 0.8, 1), (75, 0.8, 49), (160, 0.9, 129)] {
+        for stored in STORED {
+            let layer = || Layer::new(11, stored, dims, num_rows, 3, share);
+            let rows = layer().rows;
+            let rows_of = |expert: &usize| rows.rows_of(*expert).len();
+            let expert = (0..3).max_by_key(rows_of).unwrap();
+            assert!(rows_of(&expert) >= least);
+            let dy = Rng(12).values(num_rows * dims.hidden);
+            // Among whole vectors, in the rest of a row, and finite in some types only.
+            for (special, at) in
+                [(f32::NAN, 0.3), (f32::INFINITY, 1.0), (f32::NEG_INFINITY, 0.6), (1e30, 0.5)]
+            {
+                let place = |len: usize| ((len - 1) as f32 * at) as usize;
+                for which in 0..3 {
+                    let mut layer = layer();
+                    layer.weights[expert][which].set(place(dims.hidden * dims.intermediate), special);
+                    assert_layer_is_of_the_kind_of_the_reference(&layer, &dy);
                 }
+                let mut layer = layer();
+                let rows = rows.expanded_of(expert);
+                layer.row_weights[rows.start + place(rows.len())] = special;
+                assert_layer_is_of_the_kind_of_the_reference(&layer, &dy);
             }
+        }
+    }
+}
+
+/// All that forward and backward compute, with every instruction set: NaN where the reference has it, see
+/// [`assert_same_kind`].
+#[track_caller]
+fn assert_layer_is_of_the_kind_of_the_reference(layer: &Layer, dy: &[f32]) {
+    let (rows, dims, up, down) = (&layer.rows, layer.dims, layer.up(), layer.down());
+    let mut pre = vec![0.0; rows.num_expanded() * 2 * dims.intermediate];
+    smm::reference::scatter(rows, dims, &layer.x, &up, &mut pre);
+    let inputs = MergeInputs { pre: &pre, row_weights: &layer.row_weights, w_down: &down };
+    let mut y = vec![0.0; layer.x.len()];
+    smm::reference::merge(rows, dims, inputs, &mut y);
+    let expected = gradients(layer, &pre, dy, None);
+    for threads in budgets(2) {
+        let mut found = vec![0.0; pre.len()];
+        smm::scatter(&threads, rows, dims, &layer.x, &up, &mut found).unwrap();
+        assert_same_kind(&found, &pre);
+        let mut found = vec![0.0; y.len()];
+        smm::merge(&threads, rows, dims, inputs, &mut found).unwrap();
+        assert_same_kind(&found, &y);
+        let (experts, weights) = (layer.experts(), &layer.row_weights);
+        smm::expert_ffn(&threads, rows, dims, &layer.x, &experts, weights, &mut found).unwrap();
+        assert_same_kind(&found, &y);
+        for (found, expected) in gradients(layer, &pre, dy, Some(&threads)).iter().zip(&expected) {
+            assert_same_kind(found, expected);
         }
     }
 }
@@ -165,14 +204,19 @@ fn gradients(layer: &Layer, pre: &[f32], dy: &[f32], threads: Option<&Threads>) 
 #[test]
 #[cfg_attr(miri, ignore = "too slow")]
 fn nan_and_infinity_in_dense_layers() {
-    for rows in [3, 50] {
+    // Few rows, and many for weights of four bytes and of two.
+    for (rows, stored) in [3, 50, 131].into_iter().flat_map(|rows| STORED.map(|stored| (rows, stored))) {
         let dims = LinearDims { rows, out: 37, inner: 45 };
         for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for place in 0..3 {
-                let mut inputs = [rows * 45, 37 * 45, rows * 37].map(|len| Rng(len as u64).values(len));
-                inputs[place][41] = special;
-                let [x, w, dout] = &inputs;
-                let w = Matrix::F32(w);
+                let [mut x, mut dout] = [rows * 45, rows * 37].map(|len| Rng(len as u64).values(len));
+                let mut w = Weight::new(&mut Rng(37 * 45), stored, 37 * 45);
+                match place {
+                    0 => x[41] = special,
+                    1 => w.set(41, special),
+                    _ => dout[41] = special,
+                }
+                let (x, w, dout) = (&x, w.matrix(), &dout);
                 let mut expected = [rows * 37, rows * 45, 37 * 45].map(|len| vec![0.0; len]);
                 linear::reference::linear(dims, x, w, &mut expected[0]);
                 linear::reference::linear_bwd_x(dims, dout, w, &mut expected[1]);

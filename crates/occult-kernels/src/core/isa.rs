@@ -4,12 +4,12 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
-use super::A_STRIDE;
 use super::activation::{SwigluBwd, swiglu, swiglu_bwd};
 use super::ahead::Ahead;
 use super::dot::{self, Dot};
 use super::pack::{self, Panel, Steps};
 use super::tile::tile;
+use super::{A_STRIDE, MAX_TILE_COLS, MAX_TILE_ROWS};
 use crate::Matrix;
 use crate::simd::{Scalar, Simd};
 
@@ -180,6 +180,9 @@ macro_rules! isa {
             use crate::simd::Stored;
 
             const STEP_LEN: usize = [$($mr),*].len().next_power_of_two();
+            // Packed steps fit into an A panel and are whole vectors; a tile fits into the spare one.
+            const _: () = assert!(STEP_LEN <= MAX_TILE_ROWS && STEP_LEN % <$simd as Simd>::LANES == 0);
+            const _: () = assert!($nv * <$simd as Simd>::LANES <= MAX_TILE_COLS);
 
             // SAFETY of the functions: each has the contract of the generic kernel it compiles, and is called only
             // after `Isa::get` has found the features.

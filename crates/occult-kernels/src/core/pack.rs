@@ -98,7 +98,8 @@ const AHEAD: usize = 8;
 /// step by step, because the cache lines they share may evict each other from one step to another.
 ///
 /// # Safety
-/// As [`Simd`]; `steps` describes valid memory and `to` has room for the panels.
+/// As [`Simd`]; each `firsts[p] + LEN` is at most the length of a stored row, with the `k` rows that are there (through
+/// `idx`, if that is not null), and `to` has room for `k * LEN` values of each panel.
 #[inline(always)]
 pub(super) unsafe fn steps<S: Simd, const LEN: usize>(steps: &Steps<'_>, to: *mut f32, distance: usize) {
     let (Some(&first), Some(&last)) = (steps.firsts.first(), steps.firsts.last()) else { return };

@@ -13,8 +13,17 @@ pub(crate) enum Isa {
     Base,
 }
 
-/// What this machine has. The standard library remembers the answer.
+/// The instruction set to use: the best, but for tests that force another.
 pub(crate) fn isa() -> Isa {
+    #[cfg(test)]
+    if let Some(isa) = forced::get() {
+        return isa;
+    }
+    best()
+}
+
+/// What this machine has. The standard library remembers the answer.
+fn best() -> Isa {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::is_x86_feature_detected as has;
@@ -24,6 +33,55 @@ pub(crate) fn isa() -> Isa {
         }
     }
     Isa::Base
+}
+
+#[cfg(test)]
+pub(crate) use forced::for_each_isa;
+
+/// Tests run with every instruction set of the machine.
+#[cfg(test)]
+mod forced {
+    use std::cell::Cell;
+
+    use super::{Isa, best};
+    use crate::threads::alone;
+
+    thread_local! {
+        static FORCED: Cell<Option<Isa>> = const { Cell::new(None) };
+    }
+
+    pub(super) fn get() -> Option<Isa> {
+        FORCED.get()
+    }
+
+    /// Unforces, also when a test panics: another one may run on this thread.
+    struct Unforce;
+
+    impl Drop for Unforce {
+        fn drop(&mut self) {
+            FORCED.set(None);
+        }
+    }
+
+    /// Calls `test` with the best instruction set, and then, on this thread alone, with each of the others forced.
+    #[track_caller]
+    pub(crate) fn for_each_isa<E>(mut test: impl FnMut(Isa) -> Result<(), E>) -> Result<(), E> {
+        let all = [
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2,
+            Isa::Base,
+        ];
+        test(best())?;
+        // Each set includes those after it.
+        for isa in all.into_iter().skip_while(|&isa| isa != best()).skip(1) {
+            let _unforce = Unforce;
+            FORCED.set(Some(isa));
+            alone(|| test(isa))?;
+        }
+        Ok(())
+    }
 }
 
 /// Lanes of the registers that a body compiled with `ISA` may count on, and whether it has fused multiply-add.
@@ -203,16 +261,39 @@ mod tests {
         }
     }
 
+    /// [`for_each_isa`] for tests that return nothing.
+    #[track_caller]
+    fn every(mut test: impl FnMut(Isa)) {
+        let Ok(()) = for_each_isa(|isa| {
+            test(isa);
+            Ok::<(), std::convert::Infallible>(())
+        });
+    }
+
+    #[test]
+    fn the_forced_set_is_the_one_that_runs() {
+        vectorised! {
+            fn compiled_for() -> u8 {
+                ISA
+            }
+        }
+        let mut seen = Vec::new();
+        every(|isa| {
+            assert_eq!(super::isa(), isa);
+            seen.push(compiled_for());
+        });
+        assert_eq!(super::isa(), best());
+        assert!(seen.iter().rev().copied().eq(0..=compiled_for()), "{seen:?}");
+    }
+
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {
         let mut xs: Vec<f32> = (0..200_000).map(|i| -104.0 + i as f32 * 1e-3).filter(|x| *x < 89.0).collect();
         xs.extend([0.0, -0.0, 88.72, -87.3, 1e-30, -1e-30]);
-        let mut base = vec![0.0; xs.len()];
-        let mut best = vec![0.0; xs.len()];
-        exps(&xs, &mut best);
-        base.iter_mut().zip(&xs).for_each(|(o, x)| *o = exp::<BASE>(*x));
-        for got in [&best, &base] {
-            for (x, got) in xs.iter().zip(got) {
+        let mut found = vec![0.0; xs.len()];
+        every(|isa| {
+            exps(&xs, &mut found);
+            for (x, got) in xs.iter().zip(&found) {
                 let want = f64::from(*x).exp();
                 if want > f64::from(f32::MAX) {
                     assert!(*got > 3.4e38, "e^{x} = {got}");
@@ -220,18 +301,20 @@ mod tests {
                 }
                 // One unit in the last place, down to the subnormal step; two roundings there.
                 let unit = (want * 2f64.powi(-23)).max(f64::from(f32::from_bits(1)));
-                assert!((f64::from(*got) - want).abs() <= 2.0 * unit, "e^{x} = {got}, not {want}");
+                assert!((f64::from(*got) - want).abs() <= 2.0 * unit, "e^{x} = {got}, not {want} ({isa:?})");
             }
-        }
+        });
     }
 
     #[test]
     fn exp_of_the_extremes() {
         let xs = [f32::NEG_INFINITY, -1e30, f32::INFINITY, 1e30, 0.0, f32::NAN];
-        let mut got = [0.0; 6];
-        exps(&xs, &mut got);
-        assert_eq!(got[..5], [0.0, 0.0, f32::INFINITY, f32::INFINITY, 1.0]);
-        assert!(got[5].is_nan());
+        every(|isa| {
+            let mut got = [0.0; 6];
+            exps(&xs, &mut got);
+            assert_eq!(got[..5], [0.0, 0.0, f32::INFINITY, f32::INFINITY, 1.0], "{isa:?}");
+            assert!(got[5].is_nan(), "{isa:?}");
+        });
     }
 
     #[test]
@@ -239,11 +322,20 @@ mod tests {
         for n in [0, 1, 15, 63, 64, 65, 200] {
             let a: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
             let b: Vec<f32> = (0..n).map(|i| (i as f32 * 0.3).cos()).collect();
-            let want: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
-            assert!((f64::from(dot(&a, &b)) - want).abs() < 1e-5, "dot of {n}");
-            let want: f64 = a.iter().map(|x| f64::from(*x - 0.5).exp()).sum();
-            assert!((f64::from(sum_exp(&a, 0.5)) - want).abs() < 1e-5 * (n as f64 + 1.0), "exp of {n}");
-            assert_eq!(max(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            every(|isa| {
+                let want: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+                assert!((f64::from(dot(&a, &b)) - want).abs() < 1e-5, "dot of {n}, {isa:?}");
+                let want: f64 = a.iter().map(|x| f64::from(*x - 0.5).exp()).sum();
+                let off = (f64::from(sum_exp(&a, 0.5)) - want).abs();
+                assert!(off < 1e-5 * (n as f64 + 1.0), "exp of {n}, {isa:?}");
+                assert_eq!(max(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max), "{isa:?}");
+                let mut scaled = a.clone();
+                scaled_exp(&mut scaled, 0.5, 3.0);
+                for (x, got) in a.iter().zip(&scaled) {
+                    let want = 3.0 * f64::from(*x - 0.5).exp();
+                    assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{got} for {want}, {isa:?}");
+                }
+            });
         }
     }
 }

@@ -44,7 +44,7 @@ impl<'a> Unit<'a> {
 ///
 /// Rows of `x` are quantised once, the hidden rows once per expert. A row of `y` adds its experts in ascending order,
 /// `y + weight * value`; the sums inside are those of [`super::linear()`]. Every expert's matrices are read once per batch of
-/// 4,096 expanded rows.
+/// 4,096 expanded rows. Defined by [`super::reference::expert_ffn`], to the bit.
 ///
 /// # Errors
 /// When lengths do not fit, or experts differ in shape or format.

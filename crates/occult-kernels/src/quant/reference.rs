@@ -1,7 +1,10 @@
 //! The definitions: what every kernel must compute, to the bit.
 
-use super::error::{Result, check_len};
+use super::error::{QuantError, Result, check_len};
+use super::ffn::QuantisedExpert;
 use super::matrix::{Format, LEVELS, Quantised, ZERO_POINT};
+use super::silu;
+use crate::SparseRows;
 
 /// Level of the weight at `(row, col)`; `col` may lie in the padding.
 pub fn level(w: &Quantised<'_>, row: usize, col: usize) -> i32 {
@@ -74,6 +77,45 @@ pub fn linear(x: &[f32], w: &Quantised<'_>, m: usize, out: &mut [f32]) -> Result
                 let dot: i32 = (0..q.len()).map(|c| i32::from(q[c]) * level(w, j, g * group + c)).sum();
                 let sum = &mut out[i * n + j];
                 *sum = (dot as f32).mul_add(x_scale * scale(w, j, g), *sum);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `silu(g) * u`, with the exponential that all kernels share: within 1e-6 of the exact value.
+pub fn swiglu(g: f32, u: f32) -> f32 {
+    silu::swiglu_one(g, u)
+}
+
+/// `y[r] += weight * down(silu(gate(x[r])) * up(x[r]))`, experts ascending, from zero: `x` and `y` `[R, D]`, `row_weights`
+/// `[N]`. The products are those of [`linear`], the activation that of [`swiglu`].
+pub fn expert_ffn(
+    rows: &SparseRows,
+    x: &[f32],
+    experts: &[QuantisedExpert<'_>],
+    row_weights: &[f32],
+    y: &mut [f32],
+) -> Result<()> {
+    if rows.num_experts() != experts.len() {
+        let message = format!("{} experts for the rows of {}", experts.len(), rows.num_experts());
+        return Err(QuantError::Shape(message));
+    }
+    check_len("row_weights", row_weights.len(), rows.num_expanded())?;
+    y.fill(0.0);
+    for (i, expert) in experts.iter().enumerate() {
+        let (d, f) = (expert.gate.layout().cols(), expert.gate.layout().rows());
+        check_len("x", x.len(), rows.num_rows() * d)?;
+        check_len("y", y.len(), rows.num_rows() * d)?;
+        let (mut gate, mut up, mut out) = (vec![0.0; f], vec![0.0; f], vec![0.0; d]);
+        for n in rows.expanded_of(i) {
+            let row = rows.row_idx()[n] as usize * d;
+            linear(&x[row..][..d], &expert.gate, 1, &mut gate)?;
+            linear(&x[row..][..d], &expert.up, 1, &mut up)?;
+            let hidden: Vec<f32> = gate.iter().zip(&up).map(|(&g, &u)| swiglu(g, u)).collect();
+            linear(&hidden, &expert.down, 1, &mut out)?;
+            for (y, value) in y[row..][..d].iter_mut().zip(&out) {
+                *y += row_weights[n] * value;
             }
         }
     }

@@ -25,7 +25,7 @@ fn exp(x: f32) -> f32 {
 
 /// `silu(g) * u`
 #[inline(always)]
-fn swiglu_one(g: f32, u: f32) -> f32 {
+pub(super) fn swiglu_one(g: f32, u: f32) -> f32 {
     g / (1.0 + exp(-g)) * u
 }
 
@@ -59,6 +59,16 @@ mod tests {
             assert!((got / want - 1.0).abs() < 2e-7, "e^{x} = {got}, expected {want}");
         }
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "too slow")]
+    fn swiglu_is_that_of_f64() {
+        for g in (-40_000..=40_000).map(|i| i as f32 / 1000.0) {
+            let (got, exact) = (f64::from(swiglu_one(g, 0.7)), f64::from(g) / (1.0 + f64::from(-g).exp()));
+            let want = exact * f64::from(0.7f32);
+            assert!((got - want).abs() <= 1e-6 * want.abs(), "silu({g}) * 0.7 = {got}, expected {want}");
+        }
     }
 
     #[test]

@@ -62,6 +62,15 @@ impl Weight {
         }
     }
 
+    /// Value `i` becomes `value`, rounded to the type.
+    pub fn set(&mut self, i: usize, value: f32) {
+        match self {
+            Self::F32(values) => values[FRONT + i] = value,
+            Self::Bf16(values) => values[FRONT + i] = bf16::from_f32(value),
+            Self::F16(values) => values[FRONT + i] = f16::from_f32(value),
+        }
+    }
+
     pub fn matrix(&self) -> Matrix<'_> {
         match self {
             Self::F32(values) => Matrix::F32(&values[FRONT..]),

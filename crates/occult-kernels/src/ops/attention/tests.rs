@@ -3,6 +3,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ops::check::{difference, op_is, tensor};
+use crate::ops::simd::for_each_isa;
 
 /// Batch, heads, key heads, queries, past, d_k, d_v.
 type Sizes = (usize, usize, usize, usize, usize, usize, usize);
@@ -91,9 +92,12 @@ fn long_sequences_are_merged_from_chunks() -> Result<()> {
     let (sizes, threads) = ((1, 2, 1, 1, 2500, 8, 8), Threads::new(2));
     let [q, k, v] = inputs(sizes)?;
     let shape = shape(2500, 8);
-    let got = attention(&threads, &q, &k, &v, &shape)?;
-    assert!(difference(&got, &reference(&q, &k, &v, &shape)?)? < 3e-6);
-    Ok(())
+    let want = reference(&q, &k, &v, &shape)?;
+    for_each_isa(|isa| {
+        let got = attention(&threads, &q, &k, &v, &shape)?;
+        assert!(difference(&got, &want)? < 3e-6, "{isa:?}");
+        Ok(())
+    })
 }
 
 #[test]
@@ -129,10 +133,14 @@ fn nan_reaches_the_rows_that_see_it_and_no_others() -> Result<()> {
         let mut keys = k.flatten_all()?.to_vec1::<f32>()?;
         keys[29 * 4] = f32::NAN;
         let k = Tensor::from_vec(keys, k.shape(), k.device())?;
-        let y = attention(&Threads::new(1), &q, &k, &v, &shape(past, 4))?.squeeze(0)?.to_vec2::<f32>()?;
-        let (last, rest) = y.split_last().expect("rows");
-        assert!(last.iter().all(|x| x.is_nan()), "{last:?}");
-        assert!(rest.iter().flatten().all(|x| x.is_finite()));
+        for_each_isa(|isa| {
+            let y = attention(&Threads::new(1), &q, &k, &v, &shape(past, 4))?;
+            let y = y.squeeze(0)?.to_vec2::<f32>()?;
+            let (last, rest) = y.split_last().expect("rows");
+            assert!(last.iter().all(|x| x.is_nan()), "{last:?}, {isa:?}");
+            assert!(rest.iter().flatten().all(|x| x.is_finite()), "{isa:?}");
+            Ok::<(), candle_core::Error>(())
+        })?;
     }
     Ok(())
 }
@@ -191,9 +199,12 @@ proptest! {
         let padding = pad.map(|p| (0..b).map(|i| (p * (i + 1)) % (past + t + 1)).collect());
         let shape = AttentionShape { window, padding, ..shape(past, dk) };
         let [q, k, v] = inputs((b, hkv * group, hkv, t, past, dk, dv)).expect("inputs");
-        let got = attention(&Threads::new(2), &q, &k, &v, &shape).expect("attention");
-        let want = reference(&q, &k, &v, &shape).expect("reference");
-        let off = difference(&got, &want).expect("difference");
-        prop_assert!(off < 5e-6, "values differ by {off} of the range");
+        let (threads, want) = (Threads::new(2), reference(&q, &k, &v, &shape).expect("reference"));
+        for_each_isa(|isa| {
+            let got = attention(&threads, &q, &k, &v, &shape).expect("attention");
+            let off = difference(&got, &want).expect("difference");
+            prop_assert!(off < 5e-6, "values differ by {off} of the range, {isa:?}");
+            Ok(())
+        })?;
     }
 }

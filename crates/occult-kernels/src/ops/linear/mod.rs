@@ -98,7 +98,7 @@ impl CustomOp2 for Linear {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::check::{difference, op_is, tensor};
+    use crate::ops::check::{SPECIALS, difference, op_is, specials_go_as_in, tensor};
     use candle_core::{DType, Var};
 
     #[test]
@@ -108,6 +108,21 @@ mod tests {
             let x = tensor(1, &[rows.clone(), vec![k]].concat())?;
             let inputs = [x, tensor(2, &[n, k])?];
             op_is(&|t| linear(&threads, &t[0], &t[1]), &|t| reference(&t[0], &t[1]), &inputs, 2e-6)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn nan_and_infinity_go_where_the_definition_sends_them() -> Result<()> {
+        let threads = Threads::new(2);
+        for rows in [3, 60] {
+            let inputs = [tensor(1, &[rows, 37])?, tensor(2, &[11, 37])?];
+            specials_go_as_in(
+                &|t| linear(&threads, &t[0], &t[1]),
+                &|t| reference(&t[0], &t[1]),
+                &inputs,
+                &SPECIALS,
+            )?;
         }
         Ok(())
     }

@@ -106,7 +106,7 @@ impl CustomOp2 for RmsNorm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::check::{op_is, tensor};
+    use crate::ops::check::{SPECIALS, op_is, specials_go_as_in, tensor};
 
     #[test]
     fn is_its_definition_with_its_gradients() -> Result<()> {
@@ -114,6 +114,17 @@ mod tests {
             let d = dims[dims.len() - 1];
             let inputs = [tensor(1, &dims)?, (tensor(2, &[d])? + 1.5)?];
             op_is(&|t| rms_norm(&t[0], &t[1], 1e-5), &|t| reference(&t[0], &t[1], 1e-5), &inputs, 2e-6)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn nan_and_infinity_go_where_the_definition_sends_them() -> Result<()> {
+        for dims in [vec![1, 1], vec![3, 7], vec![2, 2, 131]] {
+            let inputs = [tensor(1, &dims)?, tensor(2, &dims[dims.len() - 1..])?];
+            let (op, plain) =
+                (|t: &[Tensor]| rms_norm(&t[0], &t[1], 1e-5), |t: &[Tensor]| reference(&t[0], &t[1], 1e-5));
+            specials_go_as_in(&op, &plain, &inputs, &SPECIALS)?;
         }
         Ok(())
     }

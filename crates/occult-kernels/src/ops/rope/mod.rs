@@ -126,7 +126,7 @@ impl CustomOp3 for Rope {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::check::{difference, op_is, tensor};
+    use crate::ops::check::{SPECIALS, difference, op_is, specials_go_as_in, tensor};
 
     #[test]
     fn is_its_definition_with_its_gradient() -> Result<()> {
@@ -142,6 +142,26 @@ mod tests {
                         1e-6,
                     )?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn nan_and_infinity_go_where_the_definition_sends_them() -> Result<()> {
+        for style in [RopeStyle::HalfSplit, RopeStyle::Interleaved] {
+            for special in [0.5, f32::NAN, f32::INFINITY] {
+                // In the rows, and in the tables.
+                let angle = tensor(2, &[5, 17])?;
+                let mut cos = angle.cos()?.flatten_all()?.to_vec1::<f32>()?;
+                cos[40] = special;
+                let (cos, sin) = (Tensor::from_vec(cos, (5, 17), angle.device())?, angle.sin()?);
+                specials_go_as_in(
+                    &|x| rope(&x[0], &cos, &sin, style),
+                    &|x| reference(&x[0], &cos, &sin, style),
+                    &[tensor(1, &[2, 1, 5, 34])?],
+                    &SPECIALS,
+                )?;
             }
         }
         Ok(())

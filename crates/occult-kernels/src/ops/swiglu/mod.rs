@@ -136,7 +136,7 @@ impl CustomOp1 for SwigluPacked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::check::{op_is, tensor};
+    use crate::ops::check::{SPECIALS, op_is, specials_go_as_in, tensor};
     use candle_core::{D, Device};
 
     #[test]
@@ -160,6 +160,12 @@ mod tests {
         assert!(swiglu_packed(&tensor(1, &[2, 3])?).is_err());
         assert!(swiglu(&tensor(1, &[2, 3])?, &tensor(1, &[3, 2])?).is_err());
         Ok(())
+    }
+
+    #[test]
+    fn nan_and_infinity_go_where_the_definition_sends_them() -> Result<()> {
+        let inputs = [tensor(1, &[3, 37])?, tensor(2, &[3, 37])?];
+        specials_go_as_in(&|t| swiglu(&t[0], &t[1]), &|t| reference(&t[0], &t[1]), &inputs, &SPECIALS)
     }
 
     #[test]
