@@ -15,5 +15,10 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32], options: CrossEntropy) ->
     let logits = logits.index_select(&Tensor::from_vec(counted, n, &Device::Cpu)?, 0)?;
     let lse = logits.log_sum_exp(D::Minus1)?;
     let of_target = logits.gather(&Tensor::from_vec(chosen, (n, 1), &Device::Cpu)?, 1)?.squeeze(1)?;
-    ((&lse - of_target)? + (lse.sqr()? * f64::from(options.z_loss))?)?.sum_all()
+    let loss = (&lse - of_target)?;
+    if options.z_loss == 0.0 {
+        // The square of a large sum would be infinite, and that times zero NaN.
+        return loss.sum_all();
+    }
+    (loss + (lse.sqr()? * f64::from(options.z_loss))?)?.sum_all()
 }

@@ -1,7 +1,7 @@
 use candle_core::{DType, Var};
 
 use super::*;
-use crate::ops::check::{difference, op_is, tensor};
+use crate::ops::check::{SPECIALS, difference, op_is, specials_go_as_in, tensor};
 use crate::ops::linear;
 
 const OPTIONS: [CrossEntropy; 3] = [
@@ -42,6 +42,34 @@ fn fused_is_its_definition_with_its_gradients() -> Result<()> {
                 &|t| reference(&linear::reference(&t[0], &t[1])?, &targets, options),
                 &[(tensor(1, &[rows, d])? * 2.0)?, tensor(2, &[vocab, d])?],
                 2e-6,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn nan_and_infinity_go_where_the_definition_sends_them() -> Result<()> {
+    let threads = Threads::new(2);
+    for options in OPTIONS {
+        // The last row of the first is ignored by some options.
+        for (rows, vocab) in [(2, 5), (3, 150)] {
+            let targets = targets(rows, vocab);
+            specials_go_as_in(
+                &|t| Ok(cross_entropy(&threads, &t[0], &targets, options)?.loss),
+                &|t| reference(&t[0], &targets, options),
+                &[tensor(1, &[rows, vocab])?],
+                &SPECIALS,
+            )?;
+        }
+        // No row is ignored: the definition multiplies such a row with a gradient of zero, which may be NaN.
+        for (rows, vocab, d) in [(1, 5, 3), (3, 150, 4)] {
+            let targets = targets(rows, vocab);
+            specials_go_as_in(
+                &|t| Ok(linear_cross_entropy(&threads, &t[0], &t[1], &targets, options)?.loss),
+                &|t| reference(&linear::reference(&t[0], &t[1])?, &targets, options),
+                &[tensor(1, &[rows, d])?, tensor(2, &[vocab, d])?],
+                &SPECIALS[..3],
             )?;
         }
     }
