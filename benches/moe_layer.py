@@ -33,7 +33,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 def built():
     out = subprocess.run(
-        ["cargo", "bench", "-p", "occult-kernels", "--bench", "kernels", "--no-run"],
+        ["cargo", "bench", "-p", "occult-kernels", "--no-default-features", "--bench", "kernels", "--no-run"],
         cwd=here, stderr=subprocess.PIPE, text=True, check=True,
     ).stderr
     return re.search(r"\((.*?kernels-[0-9a-f]+)\)", out).group(1)

@@ -1,16 +1,19 @@
 //! Figures of the kernels beside the limits of the machine, measured in the same run.
 //!
-//! `cargo bench -p occult-kernels -- [--threads N] [--seconds S] [PART ..]`; parts: layer, layer1024, skew, decode,
-//! dense, latency, memory (the peak memory of forward and backward at 4,096 tokens; alone, not by default).
+//! `cargo bench -p occult-kernels --no-default-features --bench kernels -- [--threads N] [--seconds S] [PART ..]`; parts:
+//! layer, layer1024, skew, decode (each also with one type of weights only: layer-f32, layer-bf16), dense, latency, memory
+//! (the peak memory of forward and backward at 4,096 tokens; alone, not by default).
 //! `--seconds 0`: one call each, after one that is not counted.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+mod common;
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::Args;
 use half::bf16;
 use occult_kernels::linear::{LinearDims, linear, linear_bwd_w, linear_bwd_x};
 use occult_kernels::smm::{self, ExpertDims, ExpertMatrices, GateUp, MergeGrads, MergeInputs, ScatterGrads};
-use occult_kernels::{Matrix, SparseRows, Threads, peak};
+use occult_kernels::{Matrix, SparseRows, peak};
 
 const OLMOE: ExpertDims = ExpertDims { hidden: 2048, intermediate: 1024 };
 const EXPERTS: usize = 64;
@@ -30,28 +33,12 @@ impl Rng {
 }
 
 struct Bench {
-    threads: Threads,
-    seconds: f64,
+    args: Args,
     gflops: f64,
     gb_per_s: f64,
 }
 
 impl Bench {
-    /// Median seconds of a call, after one that is not counted.
-    fn time(&self, mut call: impl FnMut()) -> f64 {
-        call();
-        let (start, mut times) = (Instant::now(), Vec::new());
-        while times.len() < if self.seconds > 0.0 { 3 } else { 1 }
-            || (start.elapsed().as_secs_f64() < self.seconds && times.len() < 200)
-        {
-            let start = Instant::now();
-            call();
-            times.push(start.elapsed().as_secs_f64());
-        }
-        times.sort_by(f64::total_cmp);
-        times[times.len() / 2]
-    }
-
     fn compute(&self, what: &str, flop: f64, seconds: f64) {
         let rate = flop / seconds / 1e9;
         println!(
@@ -142,8 +129,8 @@ impl Weights {
     }
 }
 
-/// Forward, and forward with backward, of one layer.
-fn layer(bench: &Bench, name: &str, rows: &SparseRows, weights: &Weights, backward: bool) {
+/// Inference, forward, and forward with backward of one layer; seconds of each.
+fn layer(bench: &Bench, name: &str, rows: &SparseRows, weights: &Weights) -> [f64; 3] {
     let ExpertDims { hidden: d, intermediate: f } = OLMOE;
     let (r, n) = (rows.num_rows(), rows.num_expanded());
     let experts = weights.experts();
@@ -151,27 +138,25 @@ fn layer(bench: &Bench, name: &str, rows: &SparseRows, weights: &Weights, backwa
     let row_weights = Rng(6).values(n);
     let mut y = vec![0.0; r * d];
     let flop = 6.0 * (n * d * f) as f64;
-    let seconds = bench.time(|| {
-        smm::expert_ffn(&bench.threads, rows, OLMOE, &x, &experts, &row_weights, &mut y).expect("shapes");
+    let inference = bench.args.time(|| {
+        smm::expert_ffn(&bench.args.threads, rows, OLMOE, &x, &experts, &row_weights, &mut y)
+            .expect("shapes");
     });
-    bench.compute(&format!("{name} {} inference", weights.name()), flop, seconds);
-    if !backward {
-        return;
-    }
+    bench.compute(&format!("{name} {} inference", weights.name()), flop, inference);
     let up: Vec<_> = experts.iter().map(|e| GateUp { gate: e.gate, up: e.up }).collect();
     let down: Vec<_> = experts.iter().map(|e| e.down).collect();
     let mut pre = vec![0.0; n * 2 * f];
     let mut forward = |pre: &mut [f32]| {
-        smm::scatter(&bench.threads, rows, OLMOE, &x, &up, pre).expect("shapes");
+        smm::scatter(&bench.args.threads, rows, OLMOE, &x, &up, pre).expect("shapes");
         let inputs = MergeInputs { pre, row_weights: &row_weights, w_down: &down };
-        smm::merge(&bench.threads, rows, OLMOE, inputs, &mut y).expect("shapes");
+        smm::merge(&bench.args.threads, rows, OLMOE, inputs, &mut y).expect("shapes");
     };
-    let seconds = bench.time(|| forward(&mut pre));
-    bench.compute(&format!("{name} {} forward", weights.name()), flop, seconds);
+    let ahead = bench.args.time(|| forward(&mut pre));
+    bench.compute(&format!("{name} {} forward", weights.name()), flop, ahead);
     let dy = Rng(8).values(r * d);
     let (mut d_row_weights, mut dx) = (vec![0.0; n], vec![0.0; r * d]);
     let (mut d_w_down, mut d_w_up) = (vec![0.0; EXPERTS * d * f], vec![0.0; EXPERTS * 2 * f * d]);
-    let seconds = bench.time(|| {
+    let both = bench.args.time(|| {
         forward(&mut pre);
         let grads = MergeGrads {
             d_pre: &mut pre,
@@ -179,12 +164,24 @@ fn layer(bench: &Bench, name: &str, rows: &SparseRows, weights: &Weights, backwa
             d_w_down: Some(&mut d_w_down),
             act: None,
         };
-        smm::merge_bwd_in_place(&bench.threads, rows, OLMOE, &row_weights, &down, &dy, grads)
+        smm::merge_bwd_in_place(&bench.args.threads, rows, OLMOE, &row_weights, &down, &dy, grads)
             .expect("shapes");
         let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: Some(&mut d_w_up) };
-        smm::scatter_bwd(&bench.threads, rows, OLMOE, &x, &up, &pre, grads).expect("shapes");
+        smm::scatter_bwd(&bench.args.threads, rows, OLMOE, &x, &up, &pre, grads).expect("shapes");
     });
-    bench.compute(&format!("{name} {} forward+backward", weights.name()), 3.0 * flop, seconds);
+    bench.compute(&format!("{name} {} forward+backward", weights.name()), 3.0 * flop, both);
+    [inference, ahead, both]
+}
+
+/// One expert with half of the rows beside rows shared out evenly, as many in all.
+fn skew(bench: &Bench, weights: &Weights) {
+    let balanced = layer(bench, "layer 4096 tokens, balanced", &routing(4096, false), weights);
+    let skewed = layer(bench, "layer 4096 tokens, one expert half", &routing(4096, true), weights);
+    let [inference, forward, both] = std::array::from_fn(|i| 100.0 * balanced[i] / skewed[i]);
+    println!(
+        "one expert half over balanced, {}: inference {inference:.1} %, forward {forward:.1} %, forward+backward {both:.1} %",
+        weights.name()
+    );
 }
 
 /// Memory of this process in GB, where the system tells: `VmRSS`, what is resident, or `VmHWM`, the most there was.
@@ -206,8 +203,9 @@ fn decode(bench: &Bench, tokens: usize, weights: &Weights) {
     let busy = (0..EXPERTS).filter(|&e| !rows.rows_of(e).is_empty()).count();
     let bytes = (busy * 3 * d * f * if matches!(weights, Weights::F32(_)) { 4 } else { 2 }) as f64;
     // Weights larger than the cache: other experts each time would be fairer still; these are 64 experts of a layer.
-    let seconds = bench.time(|| {
-        smm::expert_ffn(&bench.threads, &rows, OLMOE, &x, &experts, &row_weights, &mut y).expect("shapes");
+    let seconds = bench.args.time(|| {
+        smm::expert_ffn(&bench.args.threads, &rows, OLMOE, &x, &experts, &row_weights, &mut y)
+            .expect("shapes");
     });
     let flop = 6.0 * (rows.num_expanded() * d * f) as f64;
     bench.stream(
@@ -227,45 +225,57 @@ fn dense(bench: &Bench, m: usize, n: usize, k: usize) {
     let flop = 2.0 * (m * n * k) as f64;
     let name = format!("dense {m} x {n} x {k}");
     for (stored, w) in [("f32", Matrix::F32(&w)), ("bf16", Matrix::Bf16(&narrow))] {
-        let seconds = bench.time(|| linear(&bench.threads, dims, &x, w, &mut out).expect("shapes"));
+        let seconds = bench.args.time(|| linear(&bench.args.threads, dims, &x, w, &mut out).expect("shapes"));
         bench.compute(&format!("{name} {stored}"), flop, seconds);
     }
-    let seconds =
-        bench.time(|| linear_bwd_x(&bench.threads, dims, &dout, Matrix::F32(&w), &mut dx).expect("shapes"));
+    let seconds = bench
+        .args
+        .time(|| linear_bwd_x(&bench.args.threads, dims, &dout, Matrix::F32(&w), &mut dx).expect("shapes"));
     bench.compute(&format!("{name} dx"), flop, seconds);
-    let seconds = bench.time(|| linear_bwd_w(&bench.threads, dims, &dout, &x, &mut dw).expect("shapes"));
+    let seconds =
+        bench.args.time(|| linear_bwd_w(&bench.args.threads, dims, &dout, &x, &mut dw).expect("shapes"));
     bench.compute(&format!("{name} dw"), flop, seconds);
 }
 
+const PARTS: [&str; 17] = [
+    "layer",
+    "layer-f32",
+    "layer-bf16",
+    "layer1024",
+    "layer1024-f32",
+    "layer1024-bf16",
+    "skew",
+    "skew-f32",
+    "skew-bf16",
+    "decode",
+    "decode-f32",
+    "decode-bf16",
+    "memory",
+    "memory-f32",
+    "memory-bf16",
+    "dense",
+    "latency",
+];
+
 fn main() {
-    let (mut count, mut seconds, mut parts) =
-        (std::thread::available_parallelism().map_or(1, |n| n.get()), 1.0, Vec::new());
-    let mut args = std::env::args().skip(1);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--threads" => count = args.next().and_then(|n| n.parse().ok()).unwrap_or(count),
-            "--seconds" => seconds = args.next().and_then(|n| n.parse().ok()).unwrap_or(seconds),
-            "--bench" => {}
-            part => parts.push(part.to_owned()),
-        }
-    }
-    let wants = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
-    let threads = Threads::new(count);
-    let gflops = peak::fma_gflops(&threads, 20);
-    let gb_per_s = peak::read_gb_per_s(&threads, 1 << 29, 4);
+    let args = Args::parse("kernels", 1.0, &PARTS);
+    let threads = &args.threads;
+    let gflops = peak::fma_gflops(threads, 20);
+    let gb_per_s = peak::read_gb_per_s(threads, 1 << 29, 4);
     println!(
         "{} threads, {}: peak {gflops:.1} GFLOP/s, memory {gb_per_s:.1} GB/s",
         threads.count(),
         threads.instruction_set().name()
     );
-    let bench = Bench { threads, seconds, gflops, gb_per_s };
+    let bench = Bench { args, gflops, gb_per_s };
+    let wants = |part: &str| bench.args.wants(part);
     if wants("latency") {
-        let count = bench.threads.count();
+        let count = bench.args.threads.count();
         let inside = AtomicUsize::new(0);
         // Every task waits for all others to have begun: the call ends when all threads are in.
-        let seconds = bench.time(|| {
+        let seconds = bench.args.time(|| {
             inside.store(0, Ordering::SeqCst);
-            bench.threads.for_each(count, |_| {
+            bench.args.threads.for_each(count, |_| {
                 inside.fetch_add(1, Ordering::SeqCst);
                 while inside.load(Ordering::SeqCst) < count {
                     std::hint::spin_loop();
@@ -282,8 +292,8 @@ fn main() {
         }
         let before = memory_gb("VmRSS");
         let weights = Weights::new(f32);
-        if parts.iter().any(|part| part == "memory") {
-            layer(&bench, "layer 4096 tokens", &routing(4096, false), &weights, true);
+        if bench.args.parts.iter().any(|part| part.starts_with("memory")) {
+            layer(&bench, "layer 4096 tokens", &routing(4096, false), &weights);
             let bytes = EXPERTS * 3 * OLMOE.hidden * OLMOE.intermediate * (4 + if f32 { 4 } else { 2 });
             let (peak, held) = (memory_gb("VmHWM"), bytes as f64 / 1e9);
             println!(
@@ -293,14 +303,13 @@ fn main() {
             return;
         }
         if wanted("layer1024") {
-            layer(&bench, "layer 1024 tokens", &routing(1024, false), &weights, true);
+            layer(&bench, "layer 1024 tokens", &routing(1024, false), &weights);
         }
         if wanted("layer") {
-            layer(&bench, "layer 4096 tokens", &routing(4096, false), &weights, true);
+            layer(&bench, "layer 4096 tokens", &routing(4096, false), &weights);
         }
         if wanted("skew") {
-            layer(&bench, "layer 4096 tokens, balanced", &routing(4096, false), &weights, false);
-            layer(&bench, "layer 4096 tokens, one expert half", &routing(4096, true), &weights, false);
+            skew(&bench, &weights);
         }
         if wanted("decode") {
             for tokens in [1, 8, 32] {
