@@ -50,6 +50,7 @@ impl Args {
     }
 
     /// Median seconds of a call, after one that is not counted.
+    #[allow(dead_code, reason = "`ops` times pairs only")]
     pub(crate) fn time(&self, mut call: impl FnMut()) -> f64 {
         self.in_turns([&mut call])[0]
     }
