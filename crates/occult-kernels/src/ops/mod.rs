@@ -15,6 +15,7 @@
 pub mod attention;
 pub mod cross_entropy;
 pub mod embedding;
+pub mod inference;
 pub mod linear;
 pub mod rms_norm;
 pub mod rope;
