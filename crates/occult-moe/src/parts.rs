@@ -11,7 +11,8 @@
 //! rank, token, so that each gradient is written once.
 //!
 //! An op takes at most three tensors, so rows and routing weights are one, `[T, D + K]`. Kept for backward: received rows,
-//! pre-activations and row weights.
+//! pre-activations and row weights. Pre-activations become their gradients in place, so a second backward pass over the same
+//! graph computes them again from the rows.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -20,8 +21,8 @@ use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor};
 use occult_comm::{CommError, Communicator};
 use occult_kernels::ops::GradSink;
 use occult_kernels::smm::{
-    ExpertDims, GateUp, MergeGrads, MergeInputs, ScatterGrads, WeightGrads, WeightInputs, merge, merge_bwd,
-    scatter, scatter_bwd, weights_bwd,
+    ExpertDims, GateUp, MergeGrads, MergeInputs, ScatterGrads, WeightGrads, WeightInputs, merge,
+    merge_bwd_in_place, scatter, scatter_bwd, weights_bwd,
 };
 use occult_kernels::{KernelError, Matrix, SparseRows, Threads};
 use occult_plan::ExpertRows;
@@ -43,8 +44,8 @@ struct Part {
     expanded: ExpertRows,
     /// Its rows among those received by all parts.
     rows: Range<usize>,
-    /// `[N, 2F]`
-    pre: Vec<f32>,
+    /// Its expanded rows among those of all parts.
+    of_expanded: Range<usize>,
     /// `[N]`
     row_weights: Vec<f32>,
 }
@@ -57,6 +58,8 @@ struct InParts {
     parts: Vec<Part>,
     /// `[R, D]`: received rows of all parts.
     x: Vec<f32>,
+    /// `[N, 2F]`: pre-activations of all parts, perhaps more values than that; none after a backward pass.
+    pre: Mutex<Option<Vec<f32>>>,
     sinks: Option<[GradSink; 2]>,
     y: Mutex<Option<Vec<f32>>>,
 }
@@ -64,8 +67,8 @@ struct InParts {
 impl Drop for InParts {
     fn drop(&mut self) {
         room::give(std::mem::take(&mut self.x));
-        for part in &mut self.parts {
-            room::give(std::mem::take(&mut part.pre));
+        if let Ok(pre) = take(&self.pre) {
+            room::give(pre);
         }
     }
 }
@@ -117,7 +120,9 @@ impl ExpertParallelLayer {
         let mut kept = Vec::with_capacity(parts.len());
         let mut combines = Returning::default();
         let mut rows = room::empty("rows received", x.elem_count())?;
-        let mut rows_before = 0;
+        let (mut rows_before, mut expanded_before) = (0, 0);
+        let (num_parts, width) = (parts.len(), 2 * dims.intermediate);
+        let mut pre = Vec::new();
         for (tokens, dispatch) in parts {
             let start = rows.len();
             let handle = dispatch.finish_into(&mut rows)?;
@@ -125,23 +130,30 @@ impl ExpertParallelLayer {
             let received = &rows[start..];
             let (expanded, sparse) = self.timers.time(Phase::Plan, || self.expand(&handle))?;
             let row_weights = expanded_weights(&expanded, handle.row_experts().weights());
-            let mut pre = room::any("pre-activations", sparse.num_expanded() * 2 * dims.intermediate)?;
+            let of_expanded = expanded_before..expanded_before + sparse.num_expanded();
+            expanded_before = of_expanded.end;
+            if kept.is_empty() {
+                // The other parts have about as many rows as the first.
+                pre = room::any("pre-activations", sparse.num_expanded() * width * num_parts)?;
+            }
+            room::lengthen("pre-activations", &mut pre, of_expanded.end * width)?;
+            let pre = &mut pre[of_expanded.start * width..of_expanded.end * width];
             let mut y = room::any("outputs of the experts", received.len())?;
             self.timers.time(Phase::Compute, || -> Result<()> {
                 with_f32(&w_up, |w| {
-                    Ok(scatter(&self.threads, &sparse, dims, received, &up_matrices(w, dims), &mut pre))
+                    Ok(scatter(&self.threads, &sparse, dims, received, &up_matrices(w, dims), pre))
                 })?
                 .map_err(kernel)?;
                 with_f32(&w_down, |w| {
                     let w_down = &down_matrices(w, dims);
-                    let inputs = MergeInputs { pre: &pre, row_weights: &row_weights, w_down };
+                    let inputs = MergeInputs { pre, row_weights: &row_weights, w_down };
                     Ok(merge(&self.threads, &sparse, dims, inputs, &mut y))
                 })?
                 .map_err(kernel)
             })?;
             let (path, of) = (handle.path(), rows_before..rows_before + sparse.num_rows());
             rows_before = of.end;
-            kept.push(Part { path, tokens, sparse, expanded, rows: of, pre, row_weights });
+            kept.push(Part { path, tokens, sparse, expanded, rows: of, of_expanded, row_weights });
             combines.push_combine(handle.start_combine(&y)?);
             room::give(y);
         }
@@ -158,6 +170,7 @@ impl ExpertParallelLayer {
             top_k: weights.dim(1)?,
             parts: kept,
             x: rows,
+            pre: Mutex::new(Some(pre)),
             sinks: experts.sinks.map(|sinks| sinks.map(GradSink::clone)),
             y: Mutex::new(Some(y)),
         };
@@ -182,41 +195,39 @@ impl InParts {
             arriving.push(part.path.start_combine_backward(&dy[part.tokens.start * d..part.tokens.end * d])?);
         }
         let tokens = dy.len().checked_div(d).unwrap_or(0);
-        let num_expanded: usize = self.parts.iter().map(|part| part.sparse.num_expanded()).sum();
+        let num_expanded = self.parts.last().map_or(0, |part| part.of_expanded.end);
         let mut dy = room::empty("gradients of the outputs", self.x.len())?;
         let frozen = matches!((&d_up, &d_down), (Wanted::No, Wanted::No));
         let mut act = room::any("activations", if frozen { 0 } else { num_expanded * f })?;
-        let mut all_d_pre = room::any("gradients of the pre-activations", num_expanded * 2 * f)?;
+        let mut pre = self.pre_activations(&w_up, num_expanded)?;
         let mut leaving = Returning::default();
-        let mut expanded_before = 0;
         for (part, arriving) in self.parts.iter().zip(arriving) {
-            let Part { path, sparse, expanded, rows, pre, row_weights, .. } = part;
+            let Part { path, sparse, expanded, rows, of_expanded: of, row_weights, .. } = part;
             path.finish_combine_backward(arriving, &mut dy)?;
             leaving.pass_on()?;
             let (x, dy) = (&self.x[rows.start * d..rows.end * d], &dy[rows.start * d..]);
-            let of = expanded_before..expanded_before + sparse.num_expanded();
-            expanded_before = of.end;
-            let d_pre = &mut all_d_pre[of.start * 2 * f..of.end * 2 * f];
+            let pre = &mut pre[of.start * 2 * f..of.end * 2 * f];
             let mut d_row_weights = vec![0.0; row_weights.len()];
             let mut dx = room::any("gradients of the rows", x.len())?;
             path.timers().time(Phase::Compute, || -> Result<()> {
-                let inputs = MergeInputs { pre, row_weights, w_down: &w_down };
                 let grads = MergeGrads {
-                    d_pre,
+                    d_pre: pre,
                     d_row_weights: &mut d_row_weights,
                     d_w_down: None,
                     act: (!frozen).then(|| &mut act[of.start * f..of.end * f]),
                 };
-                merge_bwd(&self.threads, sparse, dims, inputs, dy, grads).map_err(kernel)?;
+                merge_bwd_in_place(&self.threads, sparse, dims, row_weights, &w_down, dy, grads)
+                    .map_err(kernel)?;
                 let grads = ScatterGrads { dx: Some(&mut dx), d_w_up: None };
-                scatter_bwd(&self.threads, sparse, dims, x, &w_up, d_pre, grads).map_err(kernel)
+                scatter_bwd(&self.threads, sparse, dims, x, &w_up, pre, grads).map_err(kernel)
             })?;
             leaving.push(path.start_dispatch_backward(&dx, &by_pair(expanded, &d_row_weights))?);
             room::give(dx);
         }
         if let Some(first) = self.parts.first().filter(|_| !frozen) {
             let (rows, stored) = self.joined()?;
-            let inputs = WeightInputs { x: &self.x, dy: &dy, act: &act, d_pre: &all_d_pre, stored: &stored };
+            let d_pre = &pre[..num_expanded * 2 * f];
+            let inputs = WeightInputs { x: &self.x, dy: &dy, act: &act, d_pre, stored: &stored };
             let weights = |grads: WeightGrads<'_>| {
                 weights_bwd(&self.threads, &rows, dims, inputs, grads).map_err(kernel)
             };
@@ -232,7 +243,7 @@ impl InParts {
         } else {
             leaving.pass_on()?;
         }
-        for values in [dy, act, all_d_pre] {
+        for values in [dy, act, pre] {
             room::give(values);
         }
         let mut out = Vec::new();
@@ -246,6 +257,24 @@ impl InParts {
             }
         }
         Ok(out)
+    }
+
+    /// Pre-activations of all parts, at least `num_expanded` rows `[2F]`: as the forward pass left them, or computed again
+    /// where a backward pass made gradients of them.
+    fn pre_activations(&self, w_up: &[GateUp<'_>], num_expanded: usize) -> Result<Vec<f32>> {
+        if let Ok(pre) = take(&self.pre) {
+            return Ok(pre);
+        }
+        let (d, width) = (self.dims.hidden, 2 * self.dims.intermediate);
+        let mut pre = room::any("pre-activations", num_expanded * width)?;
+        for Part { path, sparse, rows, of_expanded: of, .. } in &self.parts {
+            let x = &self.x[rows.start * d..rows.end * d];
+            let pre = &mut pre[of.start * width..of.end * width];
+            path.timers()
+                .time(Phase::Compute, || scatter(&self.threads, sparse, self.dims, x, w_up, pre))
+                .map_err(kernel)?;
+        }
+        Ok(pre)
     }
 
     /// The rows of all parts one after the other, and where each of their expanded rows stands when those of a part stay

@@ -53,6 +53,15 @@ pub(crate) fn reserve(what: &'static str, values: &mut Vec<f32>, more: usize) ->
     values.try_reserve(more).map_err(|_| MoeError::Memory { what, bytes })
 }
 
+/// Makes them at least `len` values long; nobody may count on those that are added.
+pub(crate) fn lengthen(what: &'static str, values: &mut Vec<f32>, len: usize) -> Result<()> {
+    if values.len() < len {
+        reserve(what, values, len - values.len())?;
+        values.resize(len, 0.0);
+    }
+    Ok(())
+}
+
 /// Gives memory back for the next step.
 pub(crate) fn give(values: Vec<f32>) {
     if values.capacity() < LEAST {

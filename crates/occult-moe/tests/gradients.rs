@@ -188,6 +188,42 @@ fn one_op_for_all_parts_does_what_four_ops_do() {
     }
 }
 
+/// The first pass leaves gradients where the pre-activations stood.
+#[test]
+fn a_second_backward_pass_over_a_graph_gives_the_same_bits() {
+    let (world, k, d, f) = (3, 2, 8, 6);
+    let case = Case::random(23, world, 7, k, d, f);
+    let (ids, weights) = routing(&case, k);
+    for overlap in [Overlap::Off, Overlap::Chunks(3)] {
+        let mut options = LayerOptions::new(Topology::flat(world).unwrap());
+        options.overlap = overlap.clone();
+        let ranks = run(world, &ThreadOptions::default(), |comm| {
+            let rank = comm.rank();
+            let rows = case.rows_of(rank);
+            let n = case.placement.experts_of(rank as Rank).len();
+            let up = var(&case.local(rank, &case.w_up, 2 * f * d), (n, 2 * f, d));
+            let down = var(&case.local(rank, &case.w_down, d * f), (n, d, f));
+            let w = var(&weights[rows.start * k..rows.end * k], (rows.len(), k));
+            let x = var(&case.x[rows.start * d..rows.end * d], (rows.len(), d));
+            let (router, placement) = (case.router.clone(), case.placement.clone());
+            let layer = ExpertParallelLayer::new(comm, router, placement, options.clone(), Threads::new(1))?;
+            let expert_ids = ids[rows.start * k..rows.end * k].to_vec();
+            let routing = RoutingBuf { num_experts: 7, top_k: k, expert_ids, ..RoutingBuf::default() };
+            let experts = ExpertTensors { w_up: &up, w_down: &down, sinks: None };
+            let loss = layer.forward_routed(&x, &routing, &w, experts, None, None)?.sqr()?.sum_all()?;
+            let pass = || -> Result<Vec<Vec<u32>>, MoeError> {
+                let grads = loss.backward()?;
+                let of = |v: &Var| grads.get(v.as_tensor()).map_or_else(Vec::new, values);
+                Ok([&x, &w, &up, &down].map(|v| of(v).iter().map(|g| g.to_bits()).collect()).into())
+            };
+            Ok([pass()?, pass()?, pass()?])
+        });
+        for [first, second, third] in ranks.all().unwrap() {
+            assert!(first == second && first == third, "{overlap:?}");
+        }
+    }
+}
+
 #[test]
 fn gradients_of_replicated_parameters_are_added() {
     let sums = run(3, &ThreadOptions::default(), |comm| {
