@@ -92,12 +92,12 @@ impl Lifeline {
         Ok(Contact { token: self.token, addresses })
     }
 
-    /// Lets others hold on to this process, as long as it lives, in threads of its own; and calls `ended` with the rank of each of
-    /// `others` that ends.
+    /// Lets others hold on to this process, as long as it lives, in threads of its own; and calls `over` with the rank of each of
+    /// `others` that ends, `true`, or that can no longer be watched, `false`.
     pub(super) fn hold(
         self,
         others: Vec<(usize, Contact)>,
-        ended: impl Fn(usize) + Send + Sync + 'static,
+        over: impl Fn(usize, bool) + Send + Sync + 'static,
     ) -> io::Result<()> {
         let thread = || Builder::new().name("mpi-lifeline".into()).stack_size(STACK_BYTES);
         thread().spawn(move || {
@@ -114,14 +114,10 @@ impl Lifeline {
                 }
             }
         })?;
-        let ended = Arc::new(ended);
+        let over = Arc::new(over);
         for (rank, contact) in others {
-            let ended = Arc::clone(&ended);
-            thread().spawn(move || {
-                if contact.wait_for_end() {
-                    ended(rank);
-                }
-            })?;
+            let over = Arc::clone(&over);
+            thread().spawn(move || over(rank, contact.wait_for_end()))?;
         }
         Ok(())
     }
@@ -180,7 +176,7 @@ mod tests {
         let line = Lifeline::open().expect("a port");
         let contact = line.contact().expect("addresses");
         let stranger = Contact { token: !contact.token, ..contact.clone() };
-        line.hold(Vec::new(), |_| {}).expect("threads");
+        line.hold(Vec::new(), |_, _| {}).expect("threads");
         assert!(!contact.addresses.is_empty());
         for &address in &contact.addresses {
             contact.connect(address).expect("a connection");

@@ -32,6 +32,8 @@ static STARTED: AtomicBool = AtomicBool::new(false);
 static NOT_ENDED: OnceLock<(usize, Duration)> = OnceLock::new();
 /// Whether the process of rank 0 has ended after all ranks were done.
 static RANK_0_ENDED: AtomicBool = AtomicBool::new(false);
+/// Whether this process would notice that.
+static RANK_0_WATCHED: AtomicBool = AtomicBool::new(false);
 /// Longest wait for MPI to end the program.
 const ABORT_LIMIT: Duration = Duration::from_secs(5);
 
@@ -113,25 +115,25 @@ where
 }
 
 /// The last call of a program, with its exit code: ends it where [`run_mpi`] could not end MPI, and does nothing otherwise. That is
-/// MPICH before 4.2 over UCX between hosts, which hangs when it is ended. Ranks other than 0 then wait for the end of rank 0, no
-/// longer than [`MpiOptions::limit`].
+/// MPICH before 4.2 over UCX between hosts, which hangs when it is ended. Ranks other than 0 then wait for the end of rank 0: where
+/// they would not notice it, no longer than [`MpiOptions::limit`].
 pub fn end_mpi(code: i32) {
     match NOT_ENDED.get() {
         None => {}
         Some((0, _)) => leave_mpi(code, Duration::ZERO),
         // They have no more to do than to be ended by rank 0, which may still write its results.
         Some(&(_, limit)) => {
-            wait_for(&RANK_0_ENDED, limit);
+            wait_for(&RANK_0_ENDED, &RANK_0_WATCHED, limit);
             std::process::exit(code)
         }
     }
 }
 
-/// Returns when the flag is set, `false` when that takes more than `limit`.
-fn wait_for(flag: &AtomicBool, limit: Duration) -> bool {
+/// Returns when the flag is set; `false` when that takes more than `limit` and is not `coming`.
+fn wait_for(flag: &AtomicBool, coming: &AtomicBool, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     while !flag.load(Ordering::Acquire) {
-        if Instant::now() >= deadline {
+        if !coming.load(Ordering::Acquire) && Instant::now() >= deadline {
             return false;
         }
         std::thread::sleep(Duration::from_millis(100).min(limit));
@@ -182,13 +184,20 @@ fn meet(post: &Arc<MpiPost>, num_ranks: usize, over: &Arc<AtomicBool>) -> Result
     let others = others.filter_map(|(rank, (_, contact))| Some((rank, Contact::decode(contact)?))).collect();
     if let Some(line) = line {
         let (post, over) = (Arc::clone(post), Arc::clone(over));
-        let _ = line.hold(others, move |rank| {
-            if !over.load(Ordering::Relaxed) {
+        let others: Vec<_> = others;
+        RANK_0_WATCHED.store(others.iter().any(|&(rank, _)| rank == 0), Ordering::Release);
+        let held = line.hold(others, move |rank, ended| {
+            if ended && !over.load(Ordering::Relaxed) {
                 post.ended(rank);
-            } else if rank == 0 {
-                RANK_0_ENDED.store(true, Ordering::Release);
+            }
+            if rank == 0 {
+                RANK_0_ENDED.store(ended, Ordering::Release);
+                RANK_0_WATCHED.store(false, Ordering::Release);
             }
         });
+        if held.is_err() {
+            RANK_0_WATCHED.store(false, Ordering::Release);
+        }
     }
     Ok(cards.iter().map(|(host, _)| cards.iter().position(|(other, _)| other == host).unwrap_or(0)).collect())
 }
@@ -199,9 +208,18 @@ mod tests {
 
     #[test]
     fn a_flag_is_waited_for_no_longer_than_the_limit() {
-        let flag = AtomicBool::new(true);
-        assert!(wait_for(&flag, Duration::from_secs(3600)));
-        flag.store(false, Ordering::Release);
-        assert!(!wait_for(&flag, Duration::ZERO));
+        let (yes, no) = (AtomicBool::new(true), AtomicBool::new(false));
+        assert!(wait_for(&yes, &no, Duration::from_secs(3600)));
+        assert!(!wait_for(&no, &no, Duration::ZERO));
+    }
+
+    #[test]
+    fn a_flag_that_will_be_set_is_waited_for() {
+        let (flag, coming) = (AtomicBool::new(false), AtomicBool::new(true));
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| wait_for(&flag, &coming, Duration::ZERO));
+            flag.store(true, Ordering::Release);
+            assert!(waiter.join().expect("no panic"));
+        });
     }
 }
