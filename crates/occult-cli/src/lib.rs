@@ -14,6 +14,7 @@ mod measuring;
 mod model;
 mod model_args;
 mod output;
+mod overlap;
 mod parallel;
 mod placing;
 mod progress;

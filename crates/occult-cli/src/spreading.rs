@@ -8,17 +8,18 @@ use clap::{Args, ValueEnum};
 use occult_comm::{Communicator, Meter, Metered};
 use occult_formats::{Columns, LimitFile, PlacementFile, Profile, read_similarity};
 use occult_model::{Decoder, LoadOptions, ModelSpec, Ranks, Spread, Threads};
-use occult_moe::{LayerOptions, Mode, Overlap, Pruning, topology_of};
+use occult_moe::{LayerOptions, Mode, Pruning, topology_of};
 use occult_plan::placement::{Method, contiguous};
 use occult_plan::prune::check_limit;
 use occult_plan::{Placement, SimilarityTable, Topology};
 
-use crate::args::{AdaptiveArgs, ClusterArgs, PruneRule, SearchArgs};
+use crate::args::{AdaptiveArgs, PruneRule, SearchArgs};
 use crate::exit::Usage;
 use crate::model_args::LoadArgs;
+use crate::overlap::OverlapArgs;
 use crate::placing::{LayerInput, Placer};
 use crate::tokens::{self, Holdout};
-use crate::world::{WorldArgs, refuse_mpirun, run_world};
+use crate::world::{WorldArgs, needs_ranks, refuse_mpirun, run_world};
 use crate::{model, parallel, progress, pruning, setup};
 
 /// What travels between ranks.
@@ -45,12 +46,8 @@ pub(crate) struct SpreadArgs {
     /// What travels between ranks
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     mode: ModeArg,
-    /// Parts of a batch whose exchange runs beside the compute of another: off, a number, or auto (what is fastest on
-    /// --cluster, off without one)
-    #[arg(long, default_value = "auto", value_parser = overlap, value_name = "PARTS")]
-    overlap: OverlapArg,
     #[command(flatten)]
-    cluster: ClusterArgs,
+    overlap: OverlapArgs,
     /// Most ranks a token may visit [default: what the model was tuned with, else all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     max_ranks: Option<u16>,
@@ -63,22 +60,6 @@ pub(crate) struct SpreadArgs {
     /// tuned with]
     #[arg(long, value_name = "PROFILE", requires = "max_ranks")]
     similar_by: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum OverlapArg {
-    Off,
-    Auto,
-    Parts(usize),
-}
-
-fn overlap(text: &str) -> Result<OverlapArg, String> {
-    match (text, text.parse::<usize>()) {
-        ("off", _) => Ok(OverlapArg::Off),
-        ("auto", _) => Ok(OverlapArg::Auto),
-        (_, Ok(parts)) if (1..=1024).contains(&parts) => Ok(OverlapArg::Parts(parts)),
-        _ => Err("expected off, auto, or 1 to 1024 parts".to_owned()),
-    }
 }
 
 /// Where the experts of a model are, and what counts the bytes between their ranks.
@@ -137,13 +118,11 @@ impl SpreadArgs {
             ("--placement", self.placement.is_some()),
             ("--place-by", self.place_by.is_some()),
             ("--mode conventional", self.mode != ModeArg::default()),
-            ("--overlap", matches!(self.overlap, OverlapArg::Parts(_))),
+            ("--overlap", self.overlap.needs_ranks()),
             ("--max-ranks", self.max_ranks.is_some()),
         ];
         match given.iter().find(|(_, given)| *given) {
-            Some((option, _)) => {
-                Err(Usage(format!("{option} needs ranks: give --ranks N or --comm mpi")).into())
-            }
+            Some((option, _)) => Err(needs_ranks(option)),
             None => Ok(()),
         }
     }
@@ -239,14 +218,7 @@ impl<'a> Wanted<'a> {
             ModeArg::Conventional => Mode::Conventional,
             ModeArg::Dedup => Mode::Dedup,
         };
-        let overlap = match self.args.overlap {
-            OverlapArg::Off => Overlap::Off,
-            OverlapArg::Parts(n) => Overlap::Chunks(n),
-            OverlapArg::Auto => match setup::cluster(&self.args.cluster, topology)? {
-                Some(cluster) => Overlap::Auto(Box::new(cluster)),
-                None => Overlap::Off,
-            },
-        };
+        let overlap = self.args.overlap.over(topology)?;
         Ok(LayerOptions { mode, overlap, pruning: self.pruning.clone(), ..LayerOptions::new(topology) })
     }
 

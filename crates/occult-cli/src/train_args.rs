@@ -9,6 +9,7 @@ use occult_train::schedule::Decay;
 
 use crate::args::{AdaptiveArgs, PruneRule};
 use crate::model_args::Dtype;
+use crate::overlap::OverlapArgs;
 use crate::world::WorldArgs;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -208,6 +209,8 @@ pub(crate) struct TrainArgs {
     pub(crate) dtype: Option<Dtype>,
     #[command(flatten)]
     pub(crate) world: WorldArgs,
+    #[command(flatten)]
+    pub(crate) overlap: OverlapArgs,
     /// Worker threads, all ranks of this process together [default: the cores of this machine]
     #[arg(long, value_parser = at_least_one, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -217,7 +220,8 @@ pub(crate) struct TrainArgs {
 }
 
 impl TrainArgs {
-    /// What is trained and how, as far as these options alone decide a run's numbers: by option.
+    /// What is trained and how, as far as these options alone decide a run's numbers beyond rounding (--ranks and --overlap
+    /// do not): by option.
     pub(crate) fn identity(&self) -> Vec<(&'static str, String)> {
         let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
         let mut all = vec![

@@ -106,6 +106,11 @@ pub(crate) fn run_world<T: Send>(
     }
 }
 
+/// The error of an option that means something only with several ranks.
+pub(crate) fn needs_ranks(option: &str) -> anyhow::Error {
+    Usage(format!("{option} needs ranks: give --ranks N or --comm mpi")).into()
+}
+
 /// Errors where `mpirun` started several processes and nothing makes them ranks: every one would do the whole work, and
 /// overwrite the others' output.
 pub(crate) fn refuse_mpirun() -> Result<()> {

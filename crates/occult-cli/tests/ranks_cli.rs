@@ -209,17 +209,23 @@ mod mpi {
         command.output().expect("`timeout` starts")
     }
 
+    /// Standard output of three processes that must succeed: the first one's.
+    fn run(args: &[&str]) -> String {
+        let out = launch(&[args, &["--comm", "mpi"]].concat());
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).expect("UTF-8")
+    }
+
+    fn json_of(text: &str) -> Value {
+        serde_json::from_str(text).expect("JSON")
+    }
+
     #[test]
     #[ignore = "needs an MPI launcher"]
     fn processes_give_what_one_gives() {
         let dir = Dir::new();
         let ids = ids(&dir, &[5, 11, 2, 11, 7]);
         let (model, one, three) = (model("qwen2_moe-fused"), dir.path("one"), dir.path("three"));
-        let run = |args: &[&str]| {
-            let out = launch(&[args, &["--comm", "mpi"]].concat());
-            assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
-            String::from_utf8(out.stdout).expect("UTF-8")
-        };
         done(&["logits", &model, "--ids", &ids, "--out", &one]);
         run(&["logits", &model, "--ids", &ids, "--out", &three]);
         assert_equal(&three, &one, "three processes");
@@ -235,6 +241,44 @@ mod mpi {
             profile.read_rows(0, Columns::IDS, n).expect("rows").routing.expert_ids
         };
         assert_eq!(rows(&dir.path("a")), rows(&dir.path("b")));
+        let eval = ["eval", &model, "--ids", &ids, "--context", "5", "--json"];
+        let (one, three) = (json_of(&done(&eval)), json_of(&run(&eval)));
+        assert_eq!(three["total"]["tokens"], one["total"]["tokens"]);
+        let perplexity = |of: &Value| of["total"]["perplexity"].as_f64().expect("a perplexity");
+        assert!((perplexity(&three) / perplexity(&one) - 1.0).abs() < 1e-4, "{three} and {one}");
+    }
+
+    #[test]
+    #[ignore = "needs an MPI launcher"]
+    fn processes_send_what_threads_send() {
+        let eval = |world: fn(&[&str]) -> String, more: &[&str]| {
+            let dir = Dir::new();
+            let ids = ids(&dir, &[5, 11, 2, 11, 7]);
+            json_of(&world(&[&["eval", &model("olmoe"), "--ids", &ids, "--json"], more].concat()))
+        };
+        let (processes, threads) = (eval(run, &[]), eval(done, &["--ranks", "3"]));
+        for key in ["copies_per_token", "sent_rows_per_token", "sent_bytes_per_token"] {
+            assert!(threads[key].as_f64().is_some_and(|n| n > 0.0), "{threads}");
+            assert_eq!(processes[key], threads[key], "{key}");
+        }
+        let layer = "bench layer --json --tokens 40 --hidden 16 --ffn 8 --experts 16 --top-k 4 --reps 1 --overlap on --backward";
+        let layer: Vec<&str> = layer.split(' ').collect();
+        let (processes, threads) = (run(&layer), done(&[&layer[..], &["--ranks", "3"]].concat()));
+        let (processes, threads) = (json_of(&processes), json_of(&threads));
+        assert_eq!((&processes["ranks"], &threads["ranks"]), (&json!(3), &json!(3)));
+        let modes = |of: &Value| of["modes"].as_array().expect("modes").clone();
+        assert_eq!((modes(&processes).len(), modes(&threads).len()), (5, 5));
+        for (of, like) in modes(&processes).iter().zip(&modes(&threads)) {
+            for key in
+                ["mode", "copies_per_token", "forward_wire_bytes", "wire_bytes", "predicted_wire_bytes"]
+            {
+                assert_eq!(of[key], like[key], "{key} of {} of threads", like["mode"]);
+            }
+            assert!(
+                of["wire_bytes"].as_u64() > Some(0) && of["wire_bytes"] == of["predicted_wire_bytes"],
+                "{of}"
+            );
+        }
     }
 
     #[test]
@@ -242,14 +286,9 @@ mod mpi {
     fn processes_train_and_go_on_to_the_bit() {
         let room = Room::new();
         let tune = |out: &str, more: &[&str]| room.args("tune", out, &[&["--max-ranks", "2"], more].concat());
-        let run = |args: Vec<String>| {
-            let args = [args, vec!["--comm".into(), "mpi".into()]].concat();
-            let out = launch(&strs(&args));
-            assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
-        };
-        run(tune("whole", &[]));
-        run(tune("parts", &["--stop-after", "3"]));
-        run(tune("parts", &["--resume"]));
+        run(&strs(&tune("whole", &[])));
+        run(&strs(&tune("parts", &["--stop-after", "3"])));
+        run(&strs(&tune("parts", &["--resume"])));
         assert_eq!(room.weights("parts"), room.weights("whole"));
         done(&strs(&tune("threads", &["--ranks", "3"])));
         assert_eq!(room.weights("threads"), room.weights("whole"), "ranks are ranks");

@@ -120,6 +120,34 @@ fn weights_of_ranks_steer_a_run_and_stay_with_the_model() {
     assert!(message.contains("weights of its ranks"), "{message}");
 }
 
+#[test]
+fn parts_of_a_batch_change_a_run_by_rounding_and_may_change_with_resume() {
+    let room = Room::new();
+    let losses =
+        |out: &str| -> Vec<f64> { room.log(out).iter().map(|e| e["loss"].as_f64().expect("loss")).collect() };
+    for (verb, ranks) in [("tune", "4"), ("pretrain", "2")] {
+        let run = |out: &str, more: &[&str]| {
+            let out = format!("{verb}-{out}");
+            done(&strs(&room.args(verb, &out, &[&["--ranks", ranks, "--dtype", "f32"], more].concat())));
+            (room.weights(&out), losses(&out))
+        };
+        let whole = run("off", &["--overlap", "off"]);
+        let parts = run("parts", &["--overlap", "2"]);
+        assert_eq!(run("again", &["--overlap", "2"]), parts);
+        assert_eq!(run("default", &[]), whole, "off without a cluster");
+        run("resumed", &["--overlap", "2", "--stop-after", "3"]);
+        assert_eq!(run("resumed", &["--overlap", "2", "--resume"]), parts);
+        run("changed", &["--overlap", "2", "--stop-after", "3"]);
+        let changed = run("changed", &["--cluster", "8xa6000-pcie", "--resume"]);
+        for (other, what) in [(&parts, "in two parts"), (&changed, "changed when it went on")] {
+            assert_eq!(other.1.len(), whole.1.len());
+            for (a, b) in whole.1.iter().zip(&other.1) {
+                assert!((a - b).abs() < 1e-4, "{verb} {what}: {a} and {b}");
+            }
+        }
+    }
+}
+
 /// The message of a run that is refused with these data.
 fn refused_data(room: &Room, file: &str) -> String {
     let args: Vec<String> =
@@ -195,6 +223,16 @@ fn options_without_a_meaning_are_wrong_usage() {
     let room = Room::new();
     for more in [["--lr", "-1"], ["--lr", "nan"], ["--anneal", "2"], ["--length", "0"], ["--epochs", "0"]] {
         fails(&strs(&room.args("pretrain", "bad", &more)), 2);
+    }
+    for verb in ["pretrain", "tune"] {
+        for parts in ["0", "1025", "1.5", "many"] {
+            let message = fails(&strs(&room.args(verb, "bad", &["--ranks", "2", "--overlap", parts])), 2);
+            assert!(message.contains("--overlap"), "{message}");
+        }
+        let message = fails(&strs(&room.args(verb, "bad", &["--overlap", "2"])), 2);
+        assert!(message.contains("--overlap needs ranks: give --ranks N or --comm mpi"), "{message}");
+        let message = fails(&strs(&room.args(verb, "bad", &["--ranks", "2", "--cluster", "none.toml"])), 1);
+        assert!(message.contains("none.toml"), "{message}");
     }
     let mass = room.args("tune", "bad", &["--ranks", "2", "--max-ranks", "1", "--keep-mass", "1.5"]);
     assert!(fails(&strs(&mass), 2).contains("a share above 0, at most 1"));

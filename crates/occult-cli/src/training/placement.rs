@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use occult_comm::Communicator;
 use occult_formats::{PlacementFile, PlacementMeta};
 use occult_model::ModelSpec;
-use occult_moe::PruneRule;
+use occult_moe::{PruneRule, topology_of};
 use occult_plan::Placement;
 use occult_train::model::ExpertRanks;
 use occult_train::random::hash_bytes;
@@ -101,10 +101,11 @@ pub(super) fn ranks(
             "--replace-placement: the placement has weights of its ranks (`occult prune --balance`), another one would have none"
         );
     }
+    let overlap = args.overlap.over(topology_of(&*comm)?)?;
     let ranks = ExpertRanks::placed(comm, placement.topology(), placement.layers().to_vec(), rule)?;
     let promised = file.meta.figures.as_ref().and_then(|f| f.get("copies_per_token")?.as_f64());
     let budget = args.adaptive.budget(ranks.topology().num_ranks());
-    let ranks = ranks.with_budget(budget).with_promised_copies(promised);
+    let ranks = ranks.with_budget(budget).with_promised_copies(promised).with_overlap(overlap);
     if let Some(max) = args.max_ranks {
         let num_ranks = ranks.topology().num_ranks();
         if max > num_ranks {

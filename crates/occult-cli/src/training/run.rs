@@ -29,7 +29,7 @@ use crate::args::PruneRule;
 use crate::exit::Usage;
 use crate::output::{print, print_json, seconds};
 use crate::train_args::{AuxLossOver, TrainArgs, Trained};
-use crate::world::run_world;
+use crate::world::{needs_ranks, run_world};
 use crate::{progress, pruning, setup};
 
 /// Where weights come from.
@@ -51,6 +51,9 @@ impl<'a> Start<'a> {
 
 /// Trains on the ranks that were asked for.
 pub(crate) fn run(start: Start<'_>, args: &TrainArgs) -> Result<()> {
+    if args.overlap.needs_ranks() && !args.world.is_parallel() {
+        return Err(needs_ranks("--overlap"));
+    }
     let spec = read_spec(start.dir())?;
     if spec.moe_layers().next().is_none() {
         bail!("{}: has no MoE layer", start.dir().display());
