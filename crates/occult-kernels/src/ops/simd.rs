@@ -87,6 +87,7 @@ mod forced {
 /// Lanes of the registers that a body compiled with `ISA` may count on, and whether it has fused multiply-add.
 #[cfg(target_arch = "x86_64")]
 pub(crate) const AVX512: u8 = 2;
+#[cfg(target_arch = "x86_64")]
 pub(crate) const AVX2: u8 = 1;
 pub(crate) const BASE: u8 = 0;
 
